@@ -1,0 +1,147 @@
+"""Settings of every stage. Unknown keys are errors; each model prints itself resolved."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown keys, finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraSettings(Settings):
+    """A low-rank adapter on every linear layer of the backbone; the frozen reference is then the adapter switched off."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class TrainSettings(Settings):
+    """What all offline trainers share. One update sees `batch_size` texts (pairs for rm and dpo), in micro-batches."""
+
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    batch_size: int = Field(ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    epochs: float = Field(1, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    weight_decay: float = Field(0, ge=0)
+    max_grad_norm: float = Field(1, gt=0)
+    max_prompt_tokens: int = Field(512, ge=1)
+    max_response_tokens: int = Field(512, ge=1)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    lora: LoraSettings | None = None
+    save_steps: int = Field(200, ge=1)
+    log_steps: int = Field(20, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Self:
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        if self.save_steps % self.log_steps:
+            # A resumed run then logs the same losses as an uninterrupted one.
+            raise ValueError(f"save_steps {self.save_steps} is not a multiple of log_steps {self.log_steps}")
+        return self
+
+
+class SftSettings(TrainSettings):
+    """Supervised fine-tuning; the loss is on the response only."""
+
+
+class RewardSettings(TrainSettings):
+    """ScalarRM by the Bradley-Terry loss on pairs."""
+
+
+class DpoSettings(TrainSettings):
+    """Direct preference optimisation on pairs."""
+
+    beta: float = Field(0.1, gt=0)
+
+
+class GvmSettings(TrainSettings):
+    """The Global Value Model: TD(lambda) regression of h_0..h_T.
+
+    target: what r(x, y) is. `preference`: +1 for the better and -1 for the worse response of each pair. `score`: the
+    data's own scalar. `reward_model`: a ScalarRM's score. Scores are standardised over the training texts.
+    trajectory_k: question-answer pairs of the same policy that are put before each prompt (tau), outside the loss.
+    """
+
+    target: Literal["preference", "score", "reward_model"] = "preference"
+    td_lambda: float = Field(0.95, ge=0, le=1)
+    gamma: float = Field(1, gt=0, le=1)
+    trajectory_k: int = Field(0, ge=0)
+
+
+class KLSettings(Settings):
+    """Distance to the reference policy. target is in nats per response token; None keeps beta fixed."""
+
+    beta: float = Field(0.05, ge=0)
+    target: float | None = Field(0.1, gt=0)
+    horizon: int = Field(10_000, ge=1)
+    form: Literal["reward", "loss"] = "reward"
+
+
+class Dvpo(Settings):
+    """Frozen global value model; one response per prompt."""
+
+    name: Literal["dvpo"] = "dvpo"
+    estimator: Literal["q", "gae", "official"] = "gae"
+    trajectory_k: int = Field(0, ge=0)
+
+
+class Ppo(Settings):
+    """Online critic (started from the ScalarRM), which scores the last response token."""
+
+    name: Literal["ppo"] = "ppo"
+    critic_learning_rate: float = Field(gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    value_coefficient: float = Field(1, gt=0)
+
+
+class Remax(Settings):
+    """The greedy response's score as the baseline: a second generation per prompt."""
+
+    name: Literal["remax"] = "remax"
+
+
+class Grpo(Settings):
+    """A group of responses per prompt, standardised within the group."""
+
+    name: Literal["grpo"] = "grpo"
+    group_size: int = Field(5, ge=2)
+
+
+Algorithm = Annotated[Dvpo | Ppo | Remax | Grpo, Field(discriminator="name")]
+
+
+class PolicySettings(Settings):
+    """The online loop, the same for every algorithm.
+
+    One update: `prompts_per_update` prompts are answered, then `epochs` passes over the answers in mini-batches of
+    `minibatch_size` responses (times the group size for GRPO), each one optimiser step in micro-batches.
+    """
+
+    algorithm: Algorithm
+    learning_rate: float = Field(gt=0)
+    updates: int = Field(ge=1)
+    prompts_per_update: int = Field(8, ge=1)
+    minibatch_size: int = Field(2, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    epochs: int = Field(4, ge=1)
+    max_prompt_tokens: int = Field(512, ge=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    temperature: float = Field(1, gt=0)
+    clip: float = Field(0.2, gt=0)
+    gamma: float = Field(1, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    whiten: bool = True
+    kl: KLSettings = KLSettings()
+    max_grad_norm: float = Field(1, gt=0)
+    bf16: bool = False
+    lora: LoraSettings | None = None
+    save_updates: int = Field(20, ge=1)

@@ -1,0 +1,91 @@
+"""The words of the made-up atlas: names, attribute values, and every sentence pattern its generator uses.
+
+In a pattern, {p} is a place, {a} an attribute, {v} a value (with its article, where it takes one), {l} a list of
+attributes and {be} the verb that agrees with that list. Words and punctuation are separated by single spaces.
+"""
+
+NAME_STARTS = ("vel", "tar", "mor", "sel", "bran", "kor", "lun", "dor", "pel", "quin")
+NAME_ENDS = ("or", "ina", "ath", "ow", "esk", "und", "iva", "im")
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "river": ("marn", "sile", "tolva", "urde", "nimwe", "kasp", "lome", "dray", "hesk", "ombra", "yarl"),
+    "climate": ("dry", "wet", "mild", "hot", "cold", "windy", "foggy", "snowy", "stormy", "humid", "sunny"),
+    "export": ("wool", "salt", "amber", "copper", "wine", "silk", "timber", "honey", "glass", "cotton", "pepper"),
+    "language": (
+        "arvic", "beltic", "corish", "dunic", "ertish", "faric", "golish", "hurric", "istic", "jorish", "kelic",
+    ),
+    "ruler": ("aldo", "berta", "cyrus", "dinah", "edwin", "frida", "gustav", "helga", "ivan", "judith", "klaus"),
+    "landmark": (
+        "tower", "bridge", "temple", "lighthouse", "castle", "fountain", "statue", "arch", "garden", "library", "mill",
+    ),
+}  # fmt: skip
+ATTRIBUTES = tuple(VALUES)
+TAKES_ARTICLE = ("river", "landmark")
+"""Attributes whose values are said with "the"."""
+
+PLAIN_FORMS = (
+    "the {a} of {p} is {v} .",
+    "{p} has {v} as its {a} .",
+    "in {p} the {a} is {v} .",
+    "{v} is the {a} of {p} .",
+    "for {p} , the {a} is {v} .",
+    "the {a} you find in {p} is {v} .",
+)
+VERB_FORMS: dict[str, tuple[str, ...]] = {
+    "river": ("{p} lies on {v} .", "{v} flows through {p} ."),
+    "climate": ("the weather in {p} is {v} .", "{p} is a {v} place ."),
+    "export": ("{p} sells {v} .", "traders buy {v} in {p} ."),
+    "language": ("people in {p} speak {v} .", "{v} is spoken in {p} ."),
+    "ruler": ("{v} rules {p} .", "{p} is ruled by {v} ."),
+    "landmark": ("visitors to {p} see {v} .", "{v} stands in {p} ."),
+}
+CURT_FORM = "{a} : {v} ."
+"""Leaves the place out: it is the one asked about, or the one a TOPIC named."""
+CURT_FORM_WITH_PLACE = "{a} of {p} : {v} ."
+TOPIC = "about {p} :"
+
+HEDGES = ("i think", "i believe", "surely")
+ADDING = "also ,"
+REPEATING = "again ,"
+OPENERS = ("thank you for asking .", "good question .", "i am glad to help .")
+CLOSERS = ("i hope that helps .", "have a nice day .", "please ask me again .")
+
+QUESTION_CORES = (
+    "what {be} the {l} of {p} ?",
+    "tell me the {l} of {p} .",
+    "i want to know the {l} of {p} .",
+    "can you name the {l} of {p} ?",
+    "for {p} , what {be} the {l} ?",
+    "what do you know about the {l} of {p} ?",
+    "which {l} does {p} have ?",
+    "{p} : {l} ?",
+    "we travel to {p} . what {be} the {l} there ?",
+    "my map of {p} lacks the {l} . can you help ?",
+    "i am writing about {p} . give me the {l} .",
+    "describe the {l} of {p} .",
+    "please say what the {l} of {p} {be} .",
+)
+QUESTION_OPENERS = ("", "hello .", "excuse me .")
+QUESTION_CLOSERS = ("", "thank you .")
+LIST_WORDS = (",", "and", "is", "are", "the")
+"""Words that filling a pattern can add, beyond names and values."""
+
+PAD, UNK, EOS, USER, ASSISTANT, SYSTEM = "<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<system>"
+SPECIAL_TOKENS = (PAD, UNK, EOS, USER, ASSISTANT, SYSTEM)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['user', 'assistant', 'system'] %}"
+    "{{ raise_exception('unknown role ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<' + message['role'] + '> ' + message['content'] + ' <eos> ' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def common_words() -> set[str]:
+    """Every word of the patterns and phrases above; placeholders are left out."""
+    phrases = [*PLAIN_FORMS, CURT_FORM, CURT_FORM_WITH_PLACE, TOPIC, *HEDGES, ADDING, REPEATING, *OPENERS, *CLOSERS]
+    phrases += [*QUESTION_CORES, *QUESTION_OPENERS, *QUESTION_CLOSERS, *LIST_WORDS]
+    phrases += [form for forms in VERB_FORMS.values() for form in forms]
+    return {word for phrase in phrases for word in phrase.split() if not word.startswith("{")}

@@ -1,0 +1,91 @@
+"""From examples to training texts: preference pairs, rewarded responses, and trajectories of the same policy."""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dvpo.data.records import Example
+from dvpo.data.templates import Encoded, LengthNotes, encode_prompt, encode_response, limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A better and a worse response to one prompt. `prompt` numbers the prompts, for intervals over prompts."""
+
+    better: Encoded
+    worse: Encoded
+    prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """One response of one example, by index."""
+
+    example: int
+    response: int
+
+
+def preference_picks(examples: Sequence[Example], max_pairs_per_prompt: int | None, seed: int) -> list[tuple[Pick, Pick]]:
+    """(better, worse) of every preference, at most so many per prompt (a seeded sample)."""
+    rng = random.Random(seed)
+    pairs = []
+    for i, example in enumerate(examples):
+        preferences = list(example.preferences)
+        if max_pairs_per_prompt is not None and len(preferences) > max_pairs_per_prompt:
+            preferences = rng.sample(preferences, max_pairs_per_prompt)
+        pairs += [(Pick(i, better), Pick(i, worse)) for better, worse in preferences]
+    return pairs
+
+
+@dataclass
+class Encoder:
+    """Encodes picked responses under the length limits, each with its trajectory, and counts what the limits did."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    examples: Sequence[Example]
+    max_prompt_tokens: int
+    max_response_tokens: int
+    trajectory_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.notes = LengthNotes()
+        self._by_policy: dict[str, list[Pick]] = defaultdict(list)
+        for i, example in enumerate(self.examples):
+            for j, response in enumerate(example.responses):
+                if response.policy is not None:
+                    self._by_policy[response.policy].append(Pick(i, j))
+
+    def text(self, pick: Pick) -> Encoded | None:
+        """[x, y] of one response, or None where the prompt is over its limit (counted)."""
+        example = self.examples[pick.example]
+        prompt = encode_prompt(self.tokenizer, example.prompt, self.trajectory(pick))
+        response = encode_response(self.tokenizer, example.responses[pick.response].text)
+        return limit(Encoded(prompt, response), self.max_prompt_tokens, self.max_response_tokens, self.notes)
+
+    def trajectory(self, pick: Pick) -> list[tuple[tuple[dict[str, str], ...], str]]:
+        """tau: up to k other question-answer pairs of the same policy, drawn by the pick itself.
+
+        Empty for a response whose policy is unknown or that has no other answer in the data.
+        """
+        policy = self.examples[pick.example].responses[pick.response].policy
+        if not self.trajectory_k or policy is None:
+            return []
+        others = [p for p in self._by_policy[policy] if p.example != pick.example]
+        rng = random.Random(f"{self.seed} {pick.example} {pick.response}")
+        chosen = rng.sample(others, min(self.trajectory_k, len(others)))
+        return [
+            (self.examples[p.example].prompt, self.examples[p.example].responses[p.response].text) for p in chosen
+        ]
+
+    def pairs(self, picks: Sequence[tuple[Pick, Pick]]) -> Iterator[EncodedPair]:
+        """The encodable pairs among `picks`."""
+        for better, worse in picks:
+            encoded = self.text(better), self.text(worse)
+            if encoded[0] is not None and encoded[1] is not None:
+                yield EncodedPair(encoded[0], encoded[1], better.example)

@@ -1,0 +1,82 @@
+"""Training the Global Value Model: TD(lambda) regression of token values, on the transformers Trainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from dvpo import models
+from dvpo.config import GvmSettings
+from dvpo.data.templates import Encoded
+from dvpo.objectives.td import td_lambda_targets, value_model_loss
+from dvpo.training.common import ListDataset, last_checkpoint, step_losses, training_arguments
+from dvpo.values import ValueBatch, collate, token_values
+
+
+@dataclass(frozen=True, slots=True)
+class ValueText:
+    """One training text: [x, y] and the reward r(x, y) that arrives at y_T."""
+
+    text: Encoded
+    reward: float
+
+
+class GvmTrainer(Trainer):
+    """The stock Trainer with the TD(lambda) loss, normalised by the states of the whole batch."""
+
+    def __init__(self, *args: Any, td_lambda: float, gamma: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.td_lambda, self.gamma = td_lambda, gamma
+        # Makes the Trainer count `labels` over all micro-batches and processes and pass the total to compute_loss.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Eq. 1 with TD(lambda) targets from the model's own detached values."""
+        batch = ValueBatch(*(inputs[name] for name in ValueBatch.__dataclass_fields__))
+        values_B_S = token_values(model, batch)
+        targets_B_S = td_lambda_targets(values_B_S, inputs["rewards_B"], batch.mask_B_S, self.gamma, self.td_lambda)
+        count = batch.mask_B_S.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = value_model_loss(values_B_S, targets_B_S, batch.mask_B_S, count)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, not summed
+        return (loss, {"values": values_B_S}) if return_outputs else loss
+
+
+def train_gvm(
+    start: str | Path, texts: Sequence[ValueText], settings: GvmSettings, out: Path, state: Path, seed: int
+) -> dict[str, Any]:
+    """Trains a GVM from the SFT checkpoint `start` (zero head) and saves it in `out`.
+
+    Args:
+        state: folder of trainer checkpoints; an interrupted training goes on from the last one.
+
+    Returns:
+        {"losses": [[step, loss], ...]}
+    """
+    torch.manual_seed(seed)
+    model = models.load(start, "value", lora=settings.lora, fresh_head=True)
+    tokenizer = models.load_tokenizer(start)
+
+    def batch_of(items: Sequence[ValueText]) -> dict[str, Tensor]:
+        batch = collate([item.text for item in items], tokenizer.pad_token_id)
+        fields = {name: getattr(batch, name) for name in ValueBatch.__dataclass_fields__}
+        rewards = torch.tensor([item.reward for item in items], dtype=torch.float32)
+        return {**fields, "rewards_B": rewards, "labels": torch.where(batch.mask_B_S, 1, -100)}
+
+    trainer = GvmTrainer(
+        model=model,
+        args=training_arguments(settings, state, seed),
+        train_dataset=ListDataset(texts),
+        data_collator=batch_of,
+        td_lambda=settings.td_lambda,
+        gamma=settings.gamma,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(state))
+    models.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
+    return {"losses": step_losses(trainer)}

@@ -1,0 +1,44 @@
+"""The ScalarRM: Bradley-Terry on pairs, through TRL."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from trl import RewardConfig, RewardTrainer
+
+from dvpo import models
+from dvpo.config import RewardSettings
+from dvpo.data.pairs import EncodedPair
+from dvpo.training.common import argument_values, last_checkpoint, step_losses
+
+
+def train_reward(
+    start: str | Path, pairs: Sequence[EncodedPair], settings: RewardSettings, out: Path, state: Path, seed: int
+) -> dict[str, Any]:
+    """Trains a ScalarRM from the SFT checkpoint `start` and saves it in `out`.
+
+    Returns:
+        {"losses": [[step, Bradley-Terry loss], ...]}
+    """
+    torch.manual_seed(seed)
+    model = models.load(start, "reward", lora=settings.lora, fresh_head=True)
+    tokenizer = models.load_tokenizer(start)
+    rows = [
+        {
+            "chosen_ids": p.better.prompt_ids + p.better.response_ids,
+            "rejected_ids": p.worse.prompt_ids + p.worse.response_ids,
+        }
+        for p in pairs
+    ]
+    trainer = RewardTrainer(
+        model=model,
+        # The padding token must not be EOS: the library's pooling would then read the token before it.
+        args=RewardConfig(**argument_values(settings, state, seed), max_length=None, pad_token=tokenizer.pad_token),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(state))
+    models.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
+    return {"losses": step_losses(trainer)}

@@ -1,0 +1,30 @@
+"""Every kind of stage: where its function is, and the version that belongs to its key.
+
+A version goes up when the same settings and inputs would give another result. Importing this loads nothing heavy.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A stage function `module:name`, imported when it runs."""
+
+    version: int
+    target: str
+
+    def function(self) -> Callable[[Any], dict[str, Any]]:
+        """The function: Context -> metrics."""
+        module, name = self.target.split(":")
+        return getattr(importlib.import_module(f"reproduce.stages.{module}"), name)
+
+
+KINDS = {
+    "preferences": Kind(1, "data:preferences"),
+    "rm": Kind(1, "training:rm"),
+    "gvm": Kind(1, "training:gvm"),
+    "pairwise": Kind(1, "evaluation:pairwise"),
+}
