@@ -19,6 +19,16 @@ class LoraSettings(Settings):
     target_modules: str | list[str] = "all-linear"
 
 
+class ModelSize(Settings):
+    """A Llama trained from random weights."""
+
+    hidden: int = Field(96, ge=8)
+    intermediate: int = Field(256, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    positions: int = Field(256, ge=16)
+
+
 class TrainSettings(Settings):
     """What all offline trainers share. One update sees `batch_size` texts (pairs for rm and dpo), in micro-batches."""
 

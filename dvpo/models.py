@@ -5,6 +5,7 @@ AutoModelForTokenClassification with one label, a ScalarRM an AutoModelForSequen
 LoRA a folder holds the adapter, with `modules_to_save` for the head, and names its base model.
 """
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -21,8 +22,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dvpo.config import LoraSettings
+from dvpo.config import LoraSettings, ModelSize
 from dvpo.errors import InputError
 from dvpo.files import sha256_json
 
@@ -90,8 +92,8 @@ def load(
 
     Args:
         lora: put a new trainable adapter on the loaded weights (an adapter that the folder holds is merged first).
-        fresh_head: the folder may be of another role; its head is replaced by a zero one (value) or the library's
-            own initial one (reward).
+        fresh_head: the folder may be of another role; its head is replaced by a zero one (value) or a small random
+            one (reward).
 
     Raises:
         InputError: no checkpoint there, damaged weights, another kind of checkpoint, or not exactly one label.
@@ -102,9 +104,11 @@ def load(
     model = _load_merged(folder, found, dtype) if _adapter(folder) else _load_stock(folder, role, dtype, fresh_head)
     if fresh_head and _adapter(folder):
         model = _with_backbone_of(model, role, dtype)
-    if fresh_head and role == "value":
+    if fresh_head and role != "policy":
         for parameter in head(model).parameters():
             nn.init.zeros_(parameter)
+        if role == "reward":
+            nn.init.normal_(head(model).weight, std=model.config.initializer_range)
     disable_dropout(model)
     if role != "policy":
         head(model).__class__ = Float32Head
@@ -132,7 +136,43 @@ def role_of(folder: str | Path) -> Role | None:
     except Exception as error:  # noqa: BLE001 - json, hub and key errors share no base class
         raise InputError(f"{folder}: no model is there ({_first_line(error)}); give a checkpoint folder or a hub id") from error
     names = config.architectures or [""]
+    if names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "policy"  # some are not called ...ForCausalLM: GPT2LMHeadModel
     return next((role for role, suffix in _SUFFIX.items() if names[0].endswith(suffix)), None)
+
+
+def critic_from_reward(folder: str | Path, lora: LoraSettings | None = None) -> Any:
+    """PPO's critic: a value model with the ScalarRM's backbone and head, so that at first V(s_T+1) is its score."""
+    reward = load(folder, "reward")
+    critic = _with_backbone_of(reward, "value", torch.float32)
+    head(critic).weight.data.copy_(head(reward).weight.data)
+    if head(critic).bias is not None:
+        nn.init.zeros_(head(critic).bias)
+    disable_dropout(critic)
+    head(critic).__class__ = Float32Head
+    critic.config.use_cache = False
+    return critic if lora is None else add_lora(critic, "value", lora)
+
+
+def new_policy(tokenizer: PreTrainedTokenizerBase, size: ModelSize, seed: int) -> Any:
+    """A Llama of the given size from random weights."""
+    from transformers import LlamaConfig
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=size.positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return AutoModelForCausalLM.from_config(config)
 
 
 def add_lora(model: PreTrainedModel, role: Role, lora: LoraSettings) -> Any:
@@ -177,6 +217,8 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # Llama and its kin keep the rate as a number
 
 
 def _load_stock(base: str | Path, role: Role, dtype: torch.dtype, fresh_head: bool) -> Any:
@@ -211,7 +253,10 @@ def _load_merged(folder: str | Path, role: Role | None, dtype: torch.dtype) -> A
 
 def _with_backbone_of(source: Any, role: Role, dtype: torch.dtype) -> Any:
     """A model of `role` around the backbone of `source`."""
-    model = _AUTO[role].from_config(source.config, **({} if role == "policy" else {"num_labels": 1})).to(dtype)
+    config = copy.deepcopy(source.config)
+    if role != "policy":
+        config.num_labels = 1
+    model = _AUTO[role].from_config(config).to(dtype)
     model.base_model.load_state_dict(source.base_model.state_dict())
     return model
 

@@ -1,11 +1,17 @@
 """Pairwise accuracy: how often a model scores the preferred response higher, under every aggregate."""
 
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dvpo.data.pairs import EncodedPair
+from dvpo import models
+from dvpo.data.pairs import EncodedPair, Encoder, preference_picks
+from dvpo.data.records import Example
+from dvpo.errors import InputError
 from dvpo.evaluation.intervals import mean_with_interval
 from dvpo.objectives.td import AGGREGATES, aggregate
 from dvpo.values import score_all
@@ -44,3 +50,50 @@ def accuracies(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         table[name] = {"accuracy": mean, "ci95": list(interval), "n": len(rows)}
     table["chance"] = {"accuracy": 0.5, "ci95": [0.5, 0.5], "n": len(rows)}
     return table
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """A measurement: the rows of `score_pairs`, the table of `accuracies`, and what the length limits did."""
+
+    rows: list[dict[str, Any]]
+    table: dict[str, dict[str, Any]]
+    said: list[str]
+
+
+def evaluate_pairwise(
+    folder: str | Path,
+    examples: Sequence[Example],
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    per_prompt: int | None = None,
+    most: int | None = None,
+    trajectory_k: int = 0,
+    seed: int = 0,
+    bf16: bool = False,
+) -> Pairwise:
+    """Pairwise accuracy of the value or reward model in `folder`; a reward model is read at the last token only.
+
+    Args:
+        per_prompt, most: at most so many pairs of each prompt, and in all (seeded samples).
+
+    Raises:
+        InputError: no such model there, or no usable pair in the examples.
+    """
+    role = models.role_of(folder)
+    model: Any = models.load(folder, "reward" if role == "reward" else "value")
+    if torch.cuda.is_available():
+        model.to("cuda")
+    tokenizer: Any = models.load_tokenizer(folder)
+    encoder = Encoder(tokenizer, examples, max_prompt_tokens, max_response_tokens, trajectory_k, seed)
+    picks = preference_picks(examples, per_prompt, seed)
+    if most is not None and len(picks) > most:
+        picks = random.Random(seed).sample(picks, most)
+    pairs = list(encoder.pairs(picks))
+    if not pairs:
+        why = "; ".join(encoder.notes.lines()) if picks else "no response is preferred to another"
+        raise InputError(f"the data has no usable pair ({why}); give preference data that fits the limits")
+    aggregates = ["last"] if role == "reward" else AGGREGATES
+    rows = score_pairs(model, pairs, tokenizer.pad_token_id, aggregates, bf16)
+    return Pairwise(rows, accuracies(rows), encoder.notes.lines())

@@ -25,11 +25,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Mdp:
-    """A tabular problem: P(s'|s, a), r(s, a), the distribution of the first state, gamma, and the number of steps."""
+    """A tabular problem: P(s'|s, a) [S, A, S], r(s, a) [S, A], the first state's distribution [S], gamma, and H."""
 
-    transitions_S_A_S: Array
-    rewards_S_A: Array
-    start_S: Array
+    transitions: Array
+    rewards: Array
+    start: Array
     gamma: float
     horizon: int
 
@@ -40,9 +40,9 @@ def random_mdp(seed: int, states: int = 6, actions: int = 4, horizon: int = 8, g
         raise ValueError("an MDP needs at least one state, action and step, and 0 < gamma <= 1")
     rng = np.random.default_rng([seed, 0])
     return Mdp(
-        transitions_S_A_S=rng.dirichlet(np.ones(states), size=(states, actions)),
-        rewards_S_A=rng.uniform(-1, 1, size=(states, actions)),
-        start_S=rng.dirichlet(np.ones(states)),
+        transitions=rng.dirichlet(np.ones(states), size=(states, actions)),
+        rewards=rng.uniform(-1, 1, size=(states, actions)),
+        start=rng.dirichlet(np.ones(states)),
         gamma=gamma,
         horizon=horizon,
     )
@@ -57,7 +57,7 @@ def softmax_policy(logits_S_A: Array) -> Array:
 
 def random_policy(mdp: Mdp, seed: int) -> Array:
     """A softmax policy with standard normal logits."""
-    return softmax_policy(np.random.default_rng([seed, 1]).standard_normal(mdp.rewards_S_A.shape))
+    return softmax_policy(np.random.default_rng([seed, 1]).standard_normal(mdp.rewards.shape))
 
 
 def q_values(mdp: Mdp, policy_S_A: Array, reward_S_A: Array) -> Array:
@@ -65,21 +65,21 @@ def q_values(mdp: Mdp, policy_S_A: Array, reward_S_A: Array) -> Array:
     q_H_S_A = np.empty((mdp.horizon, *reward_S_A.shape))
     value_S = np.zeros(len(reward_S_A))
     for h in reversed(range(mdp.horizon)):
-        q_H_S_A[h] = reward_S_A + mdp.gamma * mdp.transitions_S_A_S @ value_S
+        q_H_S_A[h] = reward_S_A + mdp.gamma * mdp.transitions @ value_S
         value_S = (policy_S_A * q_H_S_A[h]).sum(1)
     return q_H_S_A
 
 
 def expected_return(mdp: Mdp, policy_S_A: Array) -> float:
     """J(theta) = sum_s d_0(s) * b_0(s)."""
-    return float(mdp.start_S @ (policy_S_A * q_values(mdp, policy_S_A, mdp.rewards_S_A)[0]).sum(1))
+    return float(mdp.start @ (policy_S_A * q_values(mdp, policy_S_A, mdp.rewards)[0]).sum(1))
 
 
 def discounted_visits(mdp: Mdp, policy_S_A: Array) -> Array:
     """gamma^h * d_h(s), exactly. [H, S]."""
-    step_S_S = np.einsum("sa,sat->st", policy_S_A, mdp.transitions_S_A_S)
-    visits_H_S = np.empty((mdp.horizon, len(mdp.start_S)))
-    visits_H_S[0] = mdp.start_S
+    step_S_S = np.einsum("sa,sat->st", policy_S_A, mdp.transitions)
+    visits_H_S = np.empty((mdp.horizon, len(mdp.start)))
+    visits_H_S[0] = mdp.start
     for h in range(1, mdp.horizon):
         visits_H_S[h] = mdp.gamma * visits_H_S[h - 1] @ step_S_S
     return visits_H_S
@@ -103,8 +103,8 @@ def gradient_gap(mdp: Mdp, policy_S_A: Array, eps_r: float, eps_q: float, seed: 
     """
     _check_errors(eps_r, eps_q)
     rng = np.random.default_rng([seed, 2])
-    true_q_H_S_A = q_values(mdp, policy_S_A, mdp.rewards_S_A)
-    reward_S_A = mdp.rewards_S_A + eps_r * rng.uniform(-1, 1, mdp.rewards_S_A.shape)
+    true_q_H_S_A = q_values(mdp, policy_S_A, mdp.rewards)
+    reward_S_A = mdp.rewards + eps_r * rng.uniform(-1, 1, mdp.rewards.shape)
     derived_H_S_A = q_values(mdp, policy_S_A, reward_S_A) + eps_q * rng.uniform(-1, 1, true_q_H_S_A.shape)
     learned_H_S_A = true_q_H_S_A + eps_q * rng.uniform(-1, 1, true_q_H_S_A.shape)
     difference_S_A = policy_gradient(mdp, policy_S_A, derived_H_S_A) - policy_gradient(mdp, policy_S_A, learned_H_S_A)
@@ -137,9 +137,10 @@ def bound(mdp: Mdp, policy_S_A: Array, eps_r: float, eps_q: float) -> float:
 def sweep(errors: Sequence[float], seeds: Sequence[int]) -> list[dict[str, float]]:
     """The gap over many random problems for every error size eps_R = eps_Q = error: the rows of the figure.
 
-    Every seed has its own problem, policy and errors. A row has `error`, `gap` (the mean over seeds), `low` and `high`
-    (its 2.5 and 97.5 percentiles), `bound` (the mean over seeds) and `worst_ratio`, the largest gap / bound of any
-    one seed: at most 1 when the bound holds everywhere, and 0 without error.
+    Every seed has its own problem, policy and errors; the errors of a seed are the same at every size but for their
+    scale. A row has `error`, `gap` (the mean over seeds), `low` and `high` (its 2.5 and 97.5 percentiles), `bound` (the
+    mean over seeds) and `worst_ratio`, the largest gap / bound of any one seed: at most 1 when the bound holds
+    everywhere, and 0 without error.
     """
     problems = [(mdp := random_mdp(seed), random_policy(mdp, seed), seed) for seed in seeds]
     rows = []

@@ -14,6 +14,13 @@ from dvpo.data.pairs import EncodedPair
 from dvpo.training.common import argument_values, last_checkpoint, step_losses
 
 
+class TokenDPOTrainer(DPOTrainer):
+    """TRL's trainer on rows that are token ids already; its own preparation reads text only."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+
 def train_dpo(
     start: str | Path, pairs: Sequence[EncodedPair], settings: DpoSettings, out: Path, state: Path, seed: int
 ) -> dict[str, Any]:
@@ -29,7 +36,7 @@ def train_dpo(
         {"prompt_ids": p.better.prompt_ids, "chosen_ids": p.better.response_ids, "rejected_ids": p.worse.response_ids}
         for p in pairs
     ]
-    trainer = DPOTrainer(
+    trainer = TokenDPOTrainer(
         model=model,
         ref_model=None if settings.lora else models.load(start, "policy"),
         args=DPOConfig(

@@ -24,7 +24,15 @@ class Kind:
 
 KINDS = {
     "preferences": Kind(1, "data:preferences"),
+    "atlas": Kind(1, "atlas:atlas"),
+    "base": Kind(1, "atlas:base"),
+    "coverage": Kind(1, "atlas:coverage"),
+    "gold": Kind(1, "atlas:gold"),
+    "sft": Kind(1, "training:sft"),
     "rm": Kind(1, "training:rm"),
+    "reward_scale": Kind(1, "training:reward_scale"),
+    "dpo": Kind(1, "training:dpo"),
+    "policy": Kind(1, "training:policy"),
     "gvm": Kind(1, "training:gvm"),
     "pairwise": Kind(1, "evaluation:pairwise"),
 }

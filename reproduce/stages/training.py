@@ -1,14 +1,40 @@
 """Stages that train: each reads its settings into the trainer's own and calls it."""
 
+import json
 import random
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from dvpo import models
-from dvpo.config import GvmSettings, RewardSettings
-from dvpo.data.pairs import EncodedPair, Encoder, preference_picks
+from dvpo.config import DpoSettings, GvmSettings, PolicySettings, RewardSettings, SftSettings
+from dvpo.data.pairs import EncodedPair, Encoder, Pick, preference_picks
 from dvpo.data.records import load_examples
 from dvpo.files import write_json
 from reproduce.pipeline import Context
+
+
+def sft(ctx: Context) -> dict[str, Any]:
+    """The SFT policy: every response of the split is a demonstration. Inputs: start, data. Settings: train, split."""
+    from dvpo.training.sft import train_sft
+
+    settings = SftSettings(**ctx.settings["train"])
+    examples = load_examples(ctx.inputs["data"] / f"{ctx.settings['split']}.jsonl")
+    encoder = _encoder(ctx, settings, examples)
+    picks = [Pick(i, j) for i, e in enumerate(examples) for j in range(len(e.responses))]
+    texts = [text for pick in picks if (text := encoder.text(pick)) is not None]
+    metrics = train_sft(ctx.inputs["start"], texts, settings, ctx.out, ctx.state, ctx.seed)
+    return {**metrics, "texts": len(texts), "said": encoder.notes.lines()}
+
+
+def dpo(ctx: Context) -> dict[str, Any]:
+    """DPO on preference pairs. Inputs: start, data. Settings: train, pairs."""
+    from dvpo.training.dpo import train_dpo
+
+    settings = DpoSettings(**ctx.settings["train"])
+    encoder, pairs = _pairs(ctx, settings)
+    metrics = train_dpo(ctx.inputs["start"], _encoded(pairs), settings, ctx.out, ctx.state, ctx.seed)
+    return {**metrics, "pairs": len(pairs), "said": encoder.notes.lines()}
 
 
 def rm(ctx: Context) -> dict[str, Any]:
@@ -17,8 +43,7 @@ def rm(ctx: Context) -> dict[str, Any]:
 
     settings = RewardSettings(**ctx.settings["train"])
     encoder, pairs = _pairs(ctx, settings)
-    encoded = [EncodedPair(better, worse, pick.example) for (pick, better), (_, worse) in pairs]
-    metrics = train_reward(ctx.inputs["start"], encoded, settings, ctx.out, ctx.state, ctx.seed)
+    metrics = train_reward(ctx.inputs["start"], _encoded(pairs), settings, ctx.out, ctx.state, ctx.seed)
     return {**metrics, "pairs": len(pairs), "said": encoder.notes.lines(), "tokens": _tokens(pairs)}
 
 
@@ -38,20 +63,70 @@ def gvm(ctx: Context) -> dict[str, Any]:
     return {**metrics, "texts": len(texts), "pairs": len(pairs), "said": encoder.notes.lines(), "tokens": _tokens(pairs)}
 
 
+def reward_scale(ctx: Context) -> dict[str, Any]:
+    """Mean and standard deviation of a ScalarRM's raw scores over preference texts. Inputs: start (the RM), data.
+
+    Settings: pairs, max_prompt_tokens, max_response_tokens. The online loop standardises its rewards with them.
+    """
+    from dvpo.training.gvm_data import value_texts
+
+    encoder, pairs = _pairs(ctx, SimpleNamespace(**ctx.settings))
+    model = models.load(ctx.inputs["start"], "reward")
+    _, scale = value_texts(pairs, "reward_model", encoder.examples, model, encoder.tokenizer.pad_token_id)
+    write_json(ctx.out / "scale.json", scale)
+    return scale
+
+
+def policy(ctx: Context) -> dict[str, Any]:
+    """The online loop. Inputs: start, data; value, or reward and reward_scale; world for the gold curve.
+
+    Settings: train, split (the prompts).
+    """
+    from dvpo.training.policy import Frozen, OnlineTrainer
+
+    scale = json.loads((ctx.inputs["reward_scale"] / "scale.json").read_text()) if "reward_scale" in ctx.inputs else None
+    frozen = Frozen(
+        ctx.inputs.get("value"), ctx.inputs.get("reward"), (scale["mean"], scale["std"]) if scale else (0.0, 1.0)
+    )
+    prompts = [e.prompt for e in load_examples(ctx.inputs["data"] / f"{ctx.settings['split']}.jsonl")]
+    settings = PolicySettings(**ctx.settings["train"])
+    monitor = gold_monitor(ctx.inputs["world"]) if "world" in ctx.inputs else None
+    trainer = OnlineTrainer(ctx.inputs["start"], frozen, prompts, settings, ctx.seed, monitor)
+    log = trainer.train(ctx.state)
+    trainer.save(ctx.out)
+    write_json(ctx.out / "curves.json", log)
+    return {"last": log[-1], "updates": len(log), "said": trainer.said}
+
+
+def gold_monitor(world: Path) -> Any:
+    """Logs the mean gold score of every batch of rollouts: what the training itself never sees."""
+    from dvpo.data.atlas_score import Judge
+
+    judge = Judge(json.loads((world / "world.json").read_text()))
+
+    def monitor(prompts: Any, texts: Any) -> dict[str, float]:
+        scores = [judge.judge(p[-1]["content"], t).score for p, t in zip(prompts, texts, strict=True)]
+        return {"gold": sum(scores) / len(scores)}
+
+    return monitor
+
+
+def _encoder(ctx: Context, settings: Any, examples: list[Any], trajectory_k: int = 0) -> Encoder:
+    tokenizer = models.load_tokenizer(ctx.inputs["start"])
+    return Encoder(tokenizer, examples, settings.max_prompt_tokens, settings.max_response_tokens, trajectory_k, ctx.seed)
+
+
+def _encoded(pairs: list[Any]) -> list[EncodedPair]:
+    return [EncodedPair(better, worse, pick.example) for (pick, better), (_, worse) in pairs]
+
+
 def _pairs(ctx: Context, settings: Any, trajectory_k: int = 0) -> tuple[Encoder, list[Any]]:
     """The encoder and the pairs of a stage: settings pairs {split, per_prompt, most}."""
     from dvpo.training.gvm_data import encodable_pairs
 
     choice = ctx.settings["pairs"]
     examples = load_examples(ctx.inputs["data"] / f"{choice['split']}.jsonl")
-    encoder = Encoder(
-        models.load_tokenizer(ctx.inputs["start"]),
-        examples,
-        settings.max_prompt_tokens,
-        settings.max_response_tokens,
-        trajectory_k,
-        ctx.seed,
-    )
+    encoder = _encoder(ctx, settings, examples, trajectory_k)
     picks = preference_picks(examples, choice["per_prompt"], ctx.seed)
     random.Random(ctx.seed).shuffle(picks)
     return encoder, encodable_pairs(encoder, picks, choice["most"])

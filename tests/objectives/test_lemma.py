@@ -48,23 +48,23 @@ def test_q_values_are_the_mean_return_of_every_path(gamma: float) -> None:
     policy_S_A = random_policy(mdp, 3)
 
     def walk(state: int, action: int, steps: int) -> float:
-        total = float(mdp.rewards_S_A[state, action])
+        total = float(mdp.rewards[state, action])
         if steps > 1:
             for following in range(2):
                 for choice in range(2):
-                    chance = mdp.transitions_S_A_S[state, action, following] * policy_S_A[following, choice]
+                    chance = mdp.transitions[state, action, following] * policy_S_A[following, choice]
                     total += gamma * float(chance) * walk(following, choice, steps - 1)
         return total
 
     expected = [[[walk(s, a, 3 - h) for a in range(2)] for s in range(2)] for h in range(3)]
-    np.testing.assert_allclose(q_values(mdp, policy_S_A, mdp.rewards_S_A), expected, rtol=1e-12)
+    np.testing.assert_allclose(q_values(mdp, policy_S_A, mdp.rewards), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])
 @pytest.mark.parametrize("seed", range(3))
 def test_gradient_is_that_of_the_return(seed: int, gamma: float) -> None:
     mdp = random_mdp(seed, gamma=gamma)
-    logits_S_A = np.random.default_rng(seed).standard_normal(mdp.rewards_S_A.shape)
+    logits_S_A = np.random.default_rng(seed).standard_normal(mdp.rewards.shape)
     policy_S_A = softmax_policy(logits_S_A)
     measured_S_A = np.empty_like(logits_S_A)
     for index in np.ndindex(logits_S_A.shape):
@@ -72,7 +72,7 @@ def test_gradient_is_that_of_the_return(seed: int, gamma: float) -> None:
         step_S_A[index] = 1e-5
         up, down = (expected_return(mdp, softmax_policy(logits_S_A + sign * step_S_A)) for sign in (1, -1))
         measured_S_A[index] = (up - down) / 2e-5
-    exact_S_A = policy_gradient(mdp, policy_S_A, q_values(mdp, policy_S_A, mdp.rewards_S_A))
+    exact_S_A = policy_gradient(mdp, policy_S_A, q_values(mdp, policy_S_A, mdp.rewards))
     np.testing.assert_allclose(exact_S_A, measured_S_A, rtol=1e-6, atol=1e-9)
     assert np.abs(exact_S_A).max() > 1e-2
 
@@ -90,8 +90,8 @@ def test_softmax_stands_large_logits() -> None:
 def test_a_shift_that_depends_on_the_state_only_is_invisible() -> None:
     mdp = random_mdp(1)
     policy_S_A = random_policy(mdp, 1)
-    q_H_S_A = q_values(mdp, policy_S_A, mdp.rewards_S_A)
-    shift_H_S_1 = np.random.default_rng(1).normal(size=(mdp.horizon, len(mdp.start_S), 1))
+    q_H_S_A = q_values(mdp, policy_S_A, mdp.rewards)
+    shift_H_S_1 = np.random.default_rng(1).normal(size=(mdp.horizon, len(mdp.start), 1))
     assert gap_of(mdp, policy_S_A, q_H_S_A, q_H_S_A + shift_H_S_1) < 1e-12
 
 
@@ -107,8 +107,8 @@ def test_the_gap_stays_within_the_bound(mdp: Mdp, seed: int, eps_r: float, eps_q
 @given(mdp=mdps, seed=seeds, eps_r=sizes, eps_q=sizes)
 def test_the_bound_holds_at_the_corners_of_the_error_box(mdp: Mdp, seed: int, eps_r: float, eps_q: float) -> None:
     policy_S_A, rng = random_policy(mdp, seed), np.random.default_rng(seed)
-    true_q_H_S_A = q_values(mdp, policy_S_A, mdp.rewards_S_A)
-    reward_S_A = mdp.rewards_S_A + eps_r * rng.choice([-1.0, 1.0], mdp.rewards_S_A.shape)
+    true_q_H_S_A = q_values(mdp, policy_S_A, mdp.rewards)
+    reward_S_A = mdp.rewards + eps_r * rng.choice([-1.0, 1.0], mdp.rewards.shape)
     signs_H_S_A = rng.choice([-1.0, 1.0], true_q_H_S_A.shape)
     derived_H_S_A = q_values(mdp, policy_S_A, reward_S_A) + eps_q * signs_H_S_A
     gap = gap_of(mdp, policy_S_A, derived_H_S_A, true_q_H_S_A - eps_q * signs_H_S_A)
@@ -119,17 +119,24 @@ def test_the_value_part_of_the_bound_is_attained() -> None:
     """With two actions the worst errors push them apart; a smaller K_Q would be wrong."""
     mdp = random_mdp(2, actions=2)
     policy_S_A = random_policy(mdp, 2)
-    q_H_S_A = q_values(mdp, policy_S_A, mdp.rewards_S_A)
+    q_H_S_A = q_values(mdp, policy_S_A, mdp.rewards)
     apart_A = np.array([0.3, -0.3])
     gap = gap_of(mdp, policy_S_A, q_H_S_A + apart_A, q_H_S_A - apart_A)
     assert gap == pytest.approx(bound(mdp, policy_S_A, 0, 0.3), rel=1e-12)
 
 
-def test_the_reward_part_of_the_bound_is_attained_at_one_step() -> None:
-    mdp = random_mdp(4, actions=2, horizon=1)
-    policy_S_A = random_policy(mdp, 4)
-    first, second = (q_values(mdp, policy_S_A, mdp.rewards_S_A + shift) for shift in (np.array([0.3, -0.3]), 0))
-    assert gap_of(mdp, policy_S_A, first, second) == pytest.approx(bound(mdp, policy_S_A, 0.3, 0), rel=1e-12)
+def test_the_reward_part_of_the_bound_is_attained() -> None:
+    """The worst case: the only choice, at the first step, leads to a reward error of one sign or the other for good."""
+    first, good, bad = 0, 1, 2
+    transitions_S_A_S = np.zeros((3, 2, 3))
+    transitions_S_A_S[first, 0, good] = transitions_S_A_S[first, 1, bad] = 1
+    transitions_S_A_S[good, :, good] = transitions_S_A_S[bad, :, bad] = 1
+    mdp = Mdp(transitions_S_A_S, np.zeros((3, 2)), np.array([1.0, 0.0, 0.0]), gamma=0.9, horizon=4)
+    policy_S_A = softmax_policy(np.array([[0.4, 0.0], [80.0, 0.0], [80.0, 0.0]]))
+    error_S_A = 0.3 * np.array([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
+    derived_H_S_A, true_H_S_A = (q_values(mdp, policy_S_A, mdp.rewards + shift) for shift in (error_S_A, 0))
+    gap = gap_of(mdp, policy_S_A, derived_H_S_A, true_H_S_A)
+    assert gap == pytest.approx(bound(mdp, policy_S_A, 0.3, 0), rel=1e-12)
 
 
 def test_no_error_no_gap() -> None:
@@ -183,7 +190,8 @@ def test_impossible_problems_are_refused(wrong: dict[str, float]) -> None:
 def test_sweep_summarises_every_error_size() -> None:
     rows = sweep([0.0, *DECADES], range(20))
     assert [row["error"] for row in rows] == [0.0, *DECADES]
-    assert rows[0]["gap"] < 1e-12 and rows[0]["worst_ratio"] == 0
+    assert rows[0]["gap"] < 1e-12
+    assert rows[0]["worst_ratio"] == 0
     for row in rows[1:]:
         assert 0 < row["low"] <= row["gap"] <= row["high"] < row["bound"]
         assert 0 < row["worst_ratio"] <= 1

@@ -1,0 +1,42 @@
+# `make reproduce` and `make test` are all the set-up there is.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# One OpenMP thread a process: several processes that share two cores must not compete for them.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: reproduce test test-slow lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make reproduce   train everything at the tiny size and print the tables"
+	@echo "make test        lint, types and the fast tests"
+	@echo "make test-slow   the tests that train or kill real runs"
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: install it, or name one with make PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11: name a newer one with make PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install your system's python3-venv package" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+reproduce: $(VENV)/.ready
+	$(BIN)/dvpo reproduce --recipe tiny
+
+test: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.ready
+	$(BIN)/pytest -m slow
+
+lock:
+	$(BIN)/pip freeze --exclude-editable | grep -v '^dvpo' > requirements.lock
+
+clean:
+	rm -rf $(VENV) runs

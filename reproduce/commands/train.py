@@ -1,0 +1,207 @@
+"""`dvpo train`: one stage by hand, the same stage functions as in a whole run.
+
+The result is built in `.NAME.part/` beside the folder NAME asked for: `data/` (the examples used), `state/` (the
+trainer's checkpoints, from which an interrupted training goes on) and `out/`, which becomes NAME at the end.
+"""
+
+import contextlib
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from dvpo.config import DpoSettings, GvmSettings, RewardSettings, Settings, SftSettings, TrainSettings
+from dvpo.data.formats import read
+from dvpo.data.records import Example, dump_examples
+from dvpo.errors import InputError, StageError
+from dvpo.files import sha256_json, write_json
+from reproduce.commands.common import require_checkpoint, say
+
+S = TypeVar("S", bound=TrainSettings)
+_SPLIT = "train"
+
+
+class Choice(Settings):
+    """How many pairs are used (demonstrations for sft): at most so many of each prompt, and in all."""
+
+    per_prompt: int | None = Field(default=None, ge=1)
+    most: int | None = Field(default=None, ge=1)
+
+
+class TrainFile(Settings, Generic[S]):
+    """The configuration file. `start` is a checkpoint folder or hub id; `data` a file, a folder or owner/name@REV."""
+
+    start: str
+    data: str
+    split: str | None = None
+    seed: int = 0
+    pairs: Choice = Choice()
+    reward_model: str | None = None
+    settings: S
+
+    @model_validator(mode="after")
+    def _reward_model_where_used(self) -> "TrainFile[S]":
+        needed = getattr(self.settings, "target", None) == "reward_model"
+        if needed != (self.reward_model is not None):
+            raise ValueError(
+                "target reward_model needs reward_model: DIR"
+                if needed
+                else "reward_model: is read only by target reward_model"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A kind of training: its configuration, and what it uses of the data."""
+
+    file: type[TrainFile[Any]]
+    choose: Callable[[Sequence[Example], Choice, int], list[Example]]
+    stage_settings: Callable[[Choice], dict[str, Any]]
+
+
+def demonstrations(examples: Sequence[Example], choice: Choice, seed: int) -> list[Example]:
+    """The examples with only the responses that no preference calls worse than another: the best ones of each prompt.
+
+    Data without preferences is kept whole; an example whose every response is worse than another goes.
+    """
+    rng = random.Random(seed)
+    kept = []
+    for example in examples:
+        worse = {j for _, j in example.preferences}
+        best = [r for j, r in enumerate(example.responses) if j not in worse]
+        if choice.per_prompt is not None and len(best) > choice.per_prompt:
+            best = rng.sample(best, choice.per_prompt)
+        kept += [replace(example, responses=(response,), preferences=()) for response in best]
+    if choice.most is not None and len(kept) > choice.most:
+        kept = rng.sample(kept, choice.most)
+    if not kept:
+        raise InputError("the data has no responses to imitate; give preference data or demonstrations")
+    return kept
+
+
+def compared(examples: Sequence[Example], choice: Choice, seed: int) -> list[Example]:
+    """The examples, all of them: the stage itself draws the pairs."""
+    if not any(example.preferences for example in examples):
+        raise InputError("the data has no response that is preferred to another; give preference data")
+    return list(examples)
+
+
+def _pairs(choice: Choice) -> dict[str, Any]:
+    return {"pairs": {"split": _SPLIT, **choice.model_dump()}}
+
+
+TRAINERS: dict[str, Trainer] = {
+    "sft": Trainer(TrainFile[SftSettings], demonstrations, lambda choice: {"split": _SPLIT}),
+    "rm": Trainer(TrainFile[RewardSettings], compared, _pairs),
+    "gvm": Trainer(TrainFile[GvmSettings], compared, _pairs),
+    "dpo": Trainer(TrainFile[DpoSettings], compared, _pairs),
+}
+"""By the name of the stage kind that does the work (`reproduce.stages.KINDS`)."""
+
+
+def run(kind: str, config: Path, out: Path, debug: bool = False) -> None:
+    """Trains one model as `config` says and puts it in the new folder `out`."""
+    if kind not in TRAINERS:
+        raise InputError(f"unknown kind of training {kind!r}; choose from {', '.join(TRAINERS)}")
+    trainer = TRAINERS[kind]
+    file = read_config(config, trainer.file)
+    out = out.absolute()
+    require_new(out)
+    require_checkpoint(file.start)
+    if file.reward_model is not None:
+        require_checkpoint(file.reward_model)
+    dataset = read(file.data, split=file.split)
+    examples = trainer.choose(dataset.examples, file.pairs, file.seed)
+    for note in dataset.notes.lines():
+        say(note)
+
+    from reproduce.pipeline import Context, locked
+    from reproduce.stages import KINDS
+
+    part = out.parent / f".{out.name}.part"
+    with locked(part / "lock"):
+        require_new(out)  # another run may have finished it while this one waited
+        record = {"kind": kind, "config": file.model_dump(), "data_sha256": dataset.digest}
+        _begin(part, sha256_json(record))
+        dump_examples(examples, part / "data" / f"{_SPLIT}.jsonl")
+        inputs = {"start": Path(file.start), "data": part / "data"}
+        if file.reward_model is not None:
+            inputs["rm"] = Path(file.reward_model)
+        settings = {"train": file.settings.model_dump(), **trainer.stage_settings(file.pairs)}
+        context = Context(settings, file.seed, inputs, part / "out", part / "state")
+        clock = time.perf_counter()
+        with open(part / "log.txt", "a") as log, contextlib.redirect_stdout(sys.stderr if debug else log):
+            metrics = KINDS[kind].function()(context)
+        seconds = time.perf_counter() - clock
+        for note in metrics["said"]:
+            say(note)
+        losses = [loss for _, loss in metrics["losses"]]
+        if not all(map(math.isfinite, losses)):
+            raise StageError(
+                f"{kind}: the loss is not finite; lower learning_rate, or max_grad_norm, and remove {part}"
+            )
+        write_json(context.out / "training.json", {**record, "metrics": metrics, "seconds": round(seconds, 2)})
+        context.out.rename(out)
+        shutil.rmtree(part)
+    print(f"{out}: {kind} trained in {seconds:.0f} s, loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last")
+
+
+def require_new(out: Path) -> None:
+    """Raises InputError where `out` exists."""
+    if out.exists():
+        raise InputError(f"{out} exists already; remove it or name another --out")
+
+
+def read_config(path: Path, model: type[TrainFile[Any]]) -> TrainFile[Any]:
+    """The validated configuration. Raises InputError that names the line or the key at fault."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: the file is not UTF-8 text; name a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(
+            f"{place}: not YAML ({getattr(error, 'problem', None) or 'unreadable'}); mend the line"
+        ) from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a mapping of names to values; write start:, data: and settings:")
+    try:
+        return model.model_validate(found)
+    except ValidationError as error:
+        raise InputError(f"{path}: {complaint(error, model)}") from error
+
+
+def complaint(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first thing wrong with a configuration, by the path of its key, and how many more there are."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    what = {"extra_forbidden": "unknown key; remove it or mend its name", "missing": "is missing; add it"}.get(
+        first["type"], first["msg"].removeprefix("Value error, ")
+    )
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {what}{more}" if where else f"{what}{more}"
+
+
+def _begin(part: Path, key: str) -> None:
+    """Makes the scratch folder, or takes up one that was left by the same training."""
+    mark = part / "key"
+    if mark.exists() and mark.read_text() != key:
+        raise InputError(
+            f"{part} holds an interrupted training with other settings or data; remove it or name another --out"
+        )
+    shutil.rmtree(part / "out", ignore_errors=True)  # half-written results; the checkpoints in state/ are kept
+    for folder in ("out", "state"):
+        (part / folder).mkdir(parents=True, exist_ok=True)
+    mark.write_text(key)

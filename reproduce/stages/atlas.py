@@ -1,0 +1,148 @@
+"""Stages of the built-in world: its texts, its base model, the SFT policy's own samples, and the gold score."""
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+
+from dvpo import models
+from dvpo.config import ModelSize, SftSettings
+from dvpo.data.atlas import POLICIES, Atlas, Question, build_tokenizer
+from dvpo.data.atlas_score import Judge
+from dvpo.data.records import Example, Message, Response, dump_examples, load_examples
+from dvpo.data.splits import check_disjoint
+from dvpo.data.templates import Encoded, encode_prompt
+from dvpo.evaluation.intervals import mean_with_interval
+from dvpo.files import atomic_write, write_json
+from dvpo.rollout.transformers import TransformersEngine
+from reproduce.pipeline import Context
+
+GENERATION_BATCH = 128
+
+
+def atlas(ctx: Context) -> dict[str, Any]:
+    """The world and its texts. Settings: world_seed, places, corpus, prompts {sft, reward, rl, validation, test}.
+
+    Writes world.json, the tokenizer, corpus.json, and a file of examples per split: one demonstration per `sft`
+    prompt by a random policy; the answers of all scripted policies, with gold scores and preferences, for `reward`,
+    `validation` and `test`; bare prompts for `rl`.
+    """
+    s = ctx.settings
+    world = Atlas.build(s["world_seed"], s["places"])
+    build_tokenizer(world).save_pretrained(ctx.out / "tokenizer")
+    write_json(ctx.out / "world.json", world.to_json())
+    write_json(ctx.out / "corpus.json", world.corpus(ctx.seed, s["corpus"]))
+    questions = iter(world.questions(ctx.seed, sum(s["prompts"].values())))
+    judge, rng = Judge(world.to_json()), random.Random(ctx.seed)
+    splits: dict[str, list[Example]] = {}
+    for name, count in s["prompts"].items():
+        splits[name] = [_answered(world, judge, next(questions), name, i, rng) for i in range(count)]
+        dump_examples(splits[name], ctx.out / f"{name}.jsonl")
+    check_disjoint(splits)
+    test = splits["test"]
+    longer = [
+        (len(a.text) > len(b.text)) + 0.5 * (len(a.text) == len(b.text))
+        for e in test
+        for i, j in e.preferences
+        for a, b in [(e.responses[i], e.responses[j])]
+    ]
+    return {
+        "examples": {name: len(examples) for name, examples in splits.items()},
+        "longer_wins": float(np.mean(longer)),
+        "policy_scores": {
+            p: float(np.mean([r.score for e in test for r in e.responses if r.policy == p])) for p in POLICIES
+        },
+    }
+
+
+def base(ctx: Context) -> dict[str, Any]:
+    """Pretrains a model from random weights on the world's corpus. Input: atlas. Settings: size, train."""
+    from dvpo.training.sft import train_sft
+
+    tokenizer = models.load_tokenizer(ctx.inputs["atlas"] / "tokenizer")
+    start = ctx.state / "start"
+    if not (start / "tokenizer.json").exists():
+        models.save(models.new_policy(tokenizer, ModelSize(**ctx.settings["size"]), ctx.seed), tokenizer, start)
+    corpus = json.loads((ctx.inputs["atlas"] / "corpus.json").read_text())
+    texts = [Encoded([], [*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]) for t in corpus]
+    settings = SftSettings(**ctx.settings["train"])
+    return train_sft(start, texts, settings, ctx.out, ctx.state / "trainer", ctx.seed)
+
+
+def coverage(ctx: Context) -> dict[str, Any]:
+    """Preference data with or without the SFT policy's own answers. Inputs: atlas, and sft where `own` > 0.
+
+    Settings: own, the SFT policy's sampled answers per prompt, added to the scripted ones. Writes reward.jsonl,
+    validation.jsonl and test.jsonl in the form of the scripted files.
+    """
+    own = ctx.settings["own"]
+    counts: dict[str, Any] = {}
+    for offset, split in enumerate(("reward", "validation", "test")):
+        examples = load_examples(ctx.inputs["atlas"] / f"{split}.jsonl")
+        if own:
+            texts = sample(ctx, ctx.inputs["sft"], [e.prompt for e in examples for _ in range(own)], offset)
+            judge = _judge(ctx)
+            for i, example in enumerate(examples):
+                added = [_scored(judge, example.prompt, t, "sft") for t in texts[i * own : (i + 1) * own]]
+                examples[i] = _with_preferences(example.prompt, [*example.responses, *added], example.origin)
+        dump_examples(examples, ctx.out / f"{split}.jsonl")
+        counts[split] = {
+            "responses": sum(len(e.responses) for e in examples),
+            "preferences": sum(len(e.preferences) for e in examples),
+        }
+    return counts
+
+
+def gold(ctx: Context) -> dict[str, Any]:
+    """The gold score of a policy's sampled answers. Inputs: policy, atlas. Settings: split, max_new_tokens, temperature.
+
+    Writes gold.jsonl, a row per prompt in the split's order, so that policies can be compared prompt by prompt.
+    """
+    prompts = [e.prompt for e in load_examples(ctx.inputs["atlas"] / f"{ctx.settings['split']}.jsonl")]
+    texts = sample(ctx, ctx.inputs["policy"], prompts, 0)
+    judge = _judge(ctx)
+    rows = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        judgement = judge.judge(prompt[-1]["content"], text)
+        rows.append({"prompt": prompt[-1]["content"], "response": text, "gold": judgement.score, "words": len(text.split())})
+    with atomic_write(ctx.out / "gold.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    mean, interval = mean_with_interval([r["gold"] for r in rows])
+    return {"gold": mean, "ci95": list(interval), "n": len(rows), "words": float(np.mean([r["words"] for r in rows]))}
+
+
+def sample(ctx: Context, policy: Any, prompts: list[tuple[Message, ...]], offset: int) -> list[str]:
+    """One sampled response per prompt, as text. Settings: max_new_tokens, temperature."""
+    tokenizer = models.load_tokenizer(policy)
+    model = models.load(policy, "policy").eval()
+    engine = TransformersEngine(model, tokenizer, ctx.settings["max_new_tokens"], ctx.settings["temperature"])
+    ids = [encode_prompt(tokenizer, p) for p in prompts]
+    texts: list[str] = []
+    for start in range(0, len(ids), GENERATION_BATCH):
+        seed = random.Random(f"{ctx.seed} {offset} {start}").getrandbits(31)
+        responses = engine.generate(ids[start : start + GENERATION_BATCH], seed=seed)
+        texts += [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+    return texts
+
+
+def _judge(ctx: Context) -> Judge:
+    return Judge(json.loads((ctx.inputs["atlas"] / "world.json").read_text()))
+
+
+def _answered(world: Atlas, judge: Judge, question: Question, split: str, i: int, rng: random.Random) -> Example:
+    prompt = ({"role": "user", "content": question.text},)
+    names = {"rl": [], "sft": [rng.choice(sorted(POLICIES))]}.get(split, sorted(POLICIES))
+    responses = [_scored(judge, prompt, world.answer(question, POLICIES[name], rng), name) for name in names]
+    return _with_preferences(prompt, responses, f"atlas:{split}:{i}")
+
+
+def _scored(judge: Judge, prompt: tuple[Message, ...], text: str, policy: str) -> Response:
+    return Response(text, policy, judge.judge(prompt[-1]["content"], text).score)
+
+
+def _with_preferences(prompt: tuple[Message, ...], responses: list[Response], origin: str) -> Example:
+    """Every untied pair of responses, by gold score."""
+    scores = [r.score or 0.0 for r in responses]
+    order = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
+    return Example(prompt, tuple(responses), tuple(order), origin)

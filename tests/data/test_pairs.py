@@ -1,0 +1,102 @@
+"""Preference pairs and trajectories: of the same policy, never of the same example, the same on every run."""
+
+import pytest
+
+from dvpo.data.pairs import Encoder, Pick, preference_picks
+from dvpo.data.records import Example, Response
+
+N = 8
+
+
+@pytest.fixture
+def mixed() -> list[Example]:
+    """Eight prompts; two policies answer each, and one answer has no known author."""
+    made = []
+    for i in range(N):
+        prompt = ({"role": "user", "content": " ".join(["hello"] * (i + 1))},)
+        answers = (
+            Response("the river .", "a"),
+            Response("the salt .", "b"),
+            Response("also , the river .", "a"),
+            Response("surely", None),
+        )
+        made.append(Example(prompt, answers, ((0, 1), (2, 1), (0, 3)), f"x:{i}"))
+    return made
+
+
+def authors(examples: list[Example], trajectory) -> list[tuple[int, str]]:
+    """(example, policy) of every pair of a trajectory."""
+    by_prompt = {e.prompt[0]["content"]: i for i, e in enumerate(examples)}
+    found = []
+    for question, answer in trajectory:
+        i = by_prompt[question[0]["content"]]
+        (policy,) = {r.policy for r in examples[i].responses if r.text == answer}
+        found.append((i, policy))
+    return found
+
+
+def test_trajectories_are_of_the_same_policy_and_of_other_examples(tokenizer, mixed) -> None:
+    encoder = Encoder(tokenizer, mixed, 500, 500, trajectory_k=3, seed=1)
+    for i in range(N):
+        for j, response in enumerate(mixed[i].responses[:3]):
+            found = authors(mixed, encoder.trajectory(Pick(i, j)))
+            assert len(found) == 3
+            assert {policy for _, policy in found} == {response.policy}
+            assert i not in {example for example, _ in found}
+        assert encoder.trajectory(Pick(i, 3)) == []
+
+
+def test_trajectories_are_drawn_by_the_pick_and_the_seed_alone(tokenizer, mixed) -> None:
+    picks = [Pick(i, 0) for i in range(N)]
+    encoder = Encoder(tokenizer, mixed, 500, 500, trajectory_k=2, seed=1)
+    forwards = [encoder.trajectory(p) for p in picks]
+    again = Encoder(tokenizer, mixed, 500, 500, trajectory_k=2, seed=1)
+    assert [again.trajectory(p) for p in reversed(picks)][::-1] == forwards
+    other = Encoder(tokenizer, mixed, 500, 500, trajectory_k=2, seed=2)
+    assert [other.trajectory(p) for p in picks] != forwards
+
+
+def test_a_policy_with_few_other_answers_has_a_short_trajectory(tokenizer, mixed) -> None:
+    encoder = Encoder(tokenizer, mixed[:2], 500, 500, trajectory_k=5)
+    assert len(encoder.trajectory(Pick(0, 1))) == 1
+    assert Encoder(tokenizer, mixed[:1], 500, 500, trajectory_k=5).trajectory(Pick(0, 1)) == []
+
+
+def test_no_trajectory_by_default_and_it_stands_in_the_prompt_only(tokenizer, mixed) -> None:
+    plain = Encoder(tokenizer, mixed, 500, 500).text(Pick(2, 0))
+    longer = Encoder(tokenizer, mixed, 500, 500, trajectory_k=2).text(Pick(2, 0))
+    assert longer.response_ids == plain.response_ids
+    assert longer.prompt_ids[-len(plain.prompt_ids) :] == plain.prompt_ids
+    assert len(longer.prompt_ids) > len(plain.prompt_ids)
+
+
+def test_picks_are_better_then_worse_and_sampled_the_same_way_each_time(mixed) -> None:
+    whole = preference_picks(mixed, None, 0)
+    assert len(whole) == 3 * N
+    assert whole[1] == (Pick(0, 2), Pick(0, 1))
+    some = preference_picks(mixed, 2, 0)
+    assert [p[0].example for p in some] == [i for i in range(N) for _ in range(2)]
+    assert set(some) < set(whole)
+    assert len(set(some)) == len(some)
+    assert preference_picks(mixed, 2, 0) == some
+    assert any(preference_picks(mixed, 2, seed) != some for seed in range(1, 6))
+
+
+def test_limits_are_counted_and_half_a_pair_is_left_out(tokenizer, mixed) -> None:
+    # The prompt of example i has i + 1 words and four more tokens; "also , the river ." has five and EOS.
+    encoder = Encoder(tokenizer, mixed, max_prompt_tokens=6, max_response_tokens=4)
+    kept = list(encoder.pairs(preference_picks(mixed, None, 0)))
+    assert [p.prompt for p in kept] == [i for i in range(3) for _ in range(3)]
+    assert (encoder.notes.texts, encoder.notes.dropped_prompts, encoder.notes.cut_responses) == (6 * N, 6 * (N - 3), 3)
+    assert max(len(p.better.response_ids) for p in kept) == 4
+    cut = kept[1].better.response_ids
+    assert tokenizer.eos_token_id not in cut
+    assert kept[0].better.response_ids[-1] == tokenizer.eos_token_id
+
+
+def test_pairs_keep_better_before_worse(tokenizer, mixed) -> None:
+    (pair,) = Encoder(tokenizer, mixed, 500, 500).pairs([(Pick(4, 1), Pick(4, 0))])
+    assert tokenizer.decode(pair.better.response_ids[:-1]) == "the salt ."
+    assert tokenizer.decode(pair.worse.response_ids[:-1]) == "the river ."
+    assert pair.better.prompt_ids == pair.worse.prompt_ids
+    assert pair.prompt == 4
