@@ -111,7 +111,9 @@ def _places(value: Any) -> int:
 def _number(value: Any, places: int) -> str:
     if isinstance(value, str | int):
         return f"{value:,}" if isinstance(value, int) else value
-    return f"{value:,.{places}f}" if math.isfinite(value) else "not finite"
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.3e}" if 0 < abs(value) < 1e-4 else f"{value:,.{places}f}"
 
 
 def _seconds(value: float | None) -> str:
@@ -187,11 +189,11 @@ def _html(data: ReportData) -> str:
         signs=SIGNS,
         head=HEAD,
         tables=[
-            {**table, "name": _table_name(table), "id": _slug("table", table["table"]), "groups": _groups(table)}
+            {"note": "", "command": "", **table, "name": _table_name(table), "groups": _groups(table)}
             for table in data.tables
         ],
         figures=[
-            {**figure, "id": _slug("figure", figure["figure"]), "pictures": _pictures(number, figure)}
+            {"command": "", **figure, "pictures": _pictures(number, figure)}
             for number, figure in enumerate(data.figures)
         ],
         stage_head=STAGE_HEAD,
@@ -205,10 +207,6 @@ def _groups(table: Mapping[str, Any]) -> dict[str, list[tuple[str, ...]]]:
     for row in table["rows"]:
         groups.setdefault(str(row["model"]), []).append(_cells(row))
     return groups
-
-
-def _slug(kind: str, name: Any) -> str:
-    return f"{kind}-" + re.sub(r"\W+", "-", str(name))
 
 
 def _pictures(number: int, figure: Mapping[str, Any]) -> list[Any]:
