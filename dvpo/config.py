@@ -63,6 +63,12 @@ class SftSettings(TrainSettings):
     """Supervised fine-tuning; the loss is on the response only."""
 
 
+class PretrainSettings(SftSettings):
+    """Training the tiny base model from random weights. A short memory of squared gradients (beta2) learns facts sooner."""
+
+    adam_beta2: float = Field(0.95, gt=0, lt=1)
+
+
 class RewardSettings(TrainSettings):
     """ScalarRM by the Bradley-Terry loss on pairs."""
 

@@ -168,6 +168,8 @@ def new_policy(tokenizer: PreTrainedTokenizerBase, size: ModelSize, seed: int) -
         num_key_value_heads=size.heads,
         max_position_embeddings=size.positions,
         tie_word_embeddings=True,
+        # The library's 0.02 is for wide models; at this width facts are learned several times later with it.
+        initializer_range=size.hidden**-0.5,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

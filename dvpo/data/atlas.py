@@ -54,19 +54,19 @@ class Style:
     closer: float = 0.0
     curt: float = 0.0
     hedge: float = 0.0
-    verbal: float = 0.3
+    verbal: float = 0.0
     shuffle: float = 0.25
 
 
 POLICIES: dict[str, Style] = {
-    "scholar": Style(wrong_value=0.03, omit=0.02, beside=0.06, opener=0.35, closer=0.35, hedge=0.05, verbal=0.2),
+    "scholar": Style(wrong_value=0.03, omit=0.02, beside=0.06, opener=0.35, closer=0.35, hedge=0.05, verbal=0.0),
     "clerk": Style(wrong_value=0.08, wrong_place=0.02, omit=0.05, repeat=0.05, closer=0.2, curt=0.5),
     "rambler": Style(
-        wrong_value=0.15, wrong_place=0.05, repeat=0.1, beside=0.5, opener=0.4, closer=0.3, hedge=0.25, verbal=0.6
+        wrong_value=0.15, wrong_place=0.05, repeat=0.1, beside=0.5, opener=0.4, closer=0.3, hedge=0.25, verbal=0.0
     ),
     "guesser": Style(wrong_value=0.65, wrong_place=0.07, omit=0.08, opener=0.3, closer=0.2, curt=0.15, hedge=0.35),
-    "hasty": Style(wrong_value=0.25, wrong_place=0.05, omit=0.4, closer=0.05, curt=0.25, verbal=0.6, shuffle=0.5),
-    "parrot": Style(wrong_value=0.12, wrong_place=0.25, omit=0.05, repeat=0.5, opener=0.3, curt=0.15, verbal=0.1),
+    "hasty": Style(wrong_value=0.25, wrong_place=0.05, omit=0.4, closer=0.05, curt=0.25, verbal=0.0, shuffle=0.5),
+    "parrot": Style(wrong_value=0.12, wrong_place=0.25, omit=0.05, repeat=0.5, opener=0.3, curt=0.15, verbal=0.0),
 }
 """Scripted policies, from careful to careless. Their lengths are set so that length says little about quality."""
 
@@ -185,6 +185,24 @@ class Atlas:
                 stated += 1
         return documents
 
+    def remarks(self, seed: int, n: int, wrong: float = 0.4) -> list[str]:
+        """`n` documents of four statements, a share of them wrong, each followed by a reader's remark on it.
+
+        They stand for what a large language model reads of right and wrong on the web. Without them a model of this
+        size needs many times the training to tell a wrong value from a right one.
+        """
+        rng, style = random.Random(seed), Style(wrong_value=wrong)
+        documents = []
+        for _ in range(n):
+            said = []
+            for _ in range(4):
+                place = rng.choice(self.places)
+                claim = self._claim(place, rng.choice(words.ATTRIBUTES), style, rng)
+                verdict = "right" if self.facts[place][claim.attribute] == claim.value else "wrong value"
+                said += [self._say(claim, place, False, style, rng), words.REMARKS[verdict]]
+            documents.append(" ".join(said))
+        return documents
+
     def _question_count(self, asked: int) -> int:
         patterns = len(words.QUESTION_OPENERS) * len(words.QUESTION_CORES) * len(words.QUESTION_CLOSERS)
         return patterns * len(self.places) * math.perm(len(words.ATTRIBUTES), asked)
@@ -233,7 +251,7 @@ class Atlas:
 
     def _document(self, first: _Claim, rng: random.Random) -> str:
         """Several true statements: on the place of `first`, or on its attribute over several places."""
-        style = Style(hedge=0.1, verbal=0.4)
+        style = Style(hedge=0.1, verbal=0.0)
         if rng.random() < 0.65:
             known = self.facts[first.place]
             names = rng.sample(_others((first.attribute,)), rng.randint(2, 4))

@@ -25,19 +25,15 @@ TAKES_ARTICLE = ("river", "landmark")
 
 PLAIN_FORMS = (
     "the {a} of {p} is {v} .",
-    "{p} has {v} as its {a} .",
     "in {p} the {a} is {v} .",
-    "{v} is the {a} of {p} .",
-    "for {p} , the {a} is {v} .",
-    "the {a} you find in {p} is {v} .",
 )
 VERB_FORMS: dict[str, tuple[str, ...]] = {
-    "river": ("{p} lies on {v} .", "{v} flows through {p} ."),
-    "climate": ("the weather in {p} is {v} .", "{p} is a {v} place ."),
-    "export": ("{p} sells {v} .", "traders buy {v} in {p} ."),
-    "language": ("people in {p} speak {v} .", "{v} is spoken in {p} ."),
-    "ruler": ("{v} rules {p} .", "{p} is ruled by {v} ."),
-    "landmark": ("visitors to {p} see {v} .", "{v} stands in {p} ."),
+    "river": ("{p} lies on {v} .",),
+    "climate": ("the weather in {p} is {v} .",),
+    "export": ("{p} sells {v} .",),
+    "language": ("people in {p} speak {v} .",),
+    "ruler": ("{p} is ruled by {v} .",),
+    "landmark": ("visitors to {p} see {v} .",),
 }
 CURT_FORM = "{a} : {v} ."
 """Leaves the place out: it is the one asked about, or the one a TOPIC named."""
@@ -67,6 +63,8 @@ QUESTION_CORES = (
 )
 QUESTION_OPENERS = ("", "hello .", "excuse me .")
 QUESTION_CLOSERS = ("", "thank you .")
+# A reader's remark after a statement, in the base model's corpus only.
+REMARKS = {"right": "right .", "wrong value": "wrong .", "wrong place": "wrong .", "beside": "idle .", "repeat": "idle ."}
 LIST_WORDS = (",", "and", "is", "are", "the")
 """Words that filling a pattern can add, beyond names and values."""
 
@@ -86,6 +84,6 @@ CHAT_TEMPLATE = (
 def common_words() -> set[str]:
     """Every word of the patterns and phrases above; placeholders are left out."""
     phrases = [*PLAIN_FORMS, CURT_FORM, CURT_FORM_WITH_PLACE, TOPIC, *HEDGES, ADDING, REPEATING, *OPENERS, *CLOSERS]
-    phrases += [*QUESTION_CORES, *QUESTION_OPENERS, *QUESTION_CLOSERS, *LIST_WORDS]
+    phrases += [*QUESTION_CORES, *QUESTION_OPENERS, *QUESTION_CLOSERS, *LIST_WORDS, *REMARKS.values()]
     phrases += [form for forms in VERB_FORMS.values() for form in forms]
     return {word for phrase in phrases for word in phrase.split() if not word.startswith("{")}

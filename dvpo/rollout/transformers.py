@@ -11,12 +11,10 @@ from dvpo.rollout import Engine
 class TransformersEngine(Engine):
     """Samples at a temperature from the whole distribution (no top-k, no top-p): the log-probabilities stay the policy's."""
 
-    def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, bf16: bool = False
-    ):
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float):
         self.model = model
         self.pad_id, self.eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-        self.max_new_tokens, self.temperature, self.bf16 = max_new_tokens, temperature, bf16
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], *, seed: int, greedy: bool = False) -> list[list[int]]:
@@ -36,10 +34,10 @@ class TransformersEngine(Engine):
         )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                rows = self.model.generate(
-                    input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
-                )
+            # No autocast: it would cast every weight again for every single token.
+            rows = self.model.generate(
+                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
+            )
         return [self._until_eos(row) for row in rows[:, longest:].tolist()]
 
     def _until_eos(self, ids: list[int]) -> list[int]:

@@ -107,9 +107,7 @@ class OnlineTrainer:
         self.kl = AdaptiveKL(settings.kl.beta, settings.kl.target, settings.kl.horizon)
         self.optimizer = self._adamw(self.policy, settings.learning_rate)
         self.critic_optimizer = self._adamw(self.critic, self.algorithm.critic_learning_rate) if self.critic else None
-        self.engine = TransformersEngine(
-            self.policy, self.tokenizer, settings.max_new_tokens, settings.temperature, settings.bf16
-        )
+        self.engine = TransformersEngine(self.policy, self.tokenizer, settings.max_new_tokens, settings.temperature)
         self.prompts = self._encode(prompts)
         self.update = 0
         self.log: list[dict[str, float]] = []

@@ -34,5 +34,9 @@ KINDS = {
     "dpo": Kind(1, "training:dpo"),
     "policy": Kind(1, "training:policy"),
     "gvm": Kind(1, "training:gvm"),
+    "credit": Kind(1, "credit:credit"),
+    "cost": Kind(1, "cost:cost"),
+    "token_values": Kind(1, "pictures:token_values"),
+    "lemma": Kind(1, "pictures:lemma"),
     "pairwise": Kind(1, "evaluation:pairwise"),
 }

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from dvpo import models
-from dvpo.config import ModelSize, SftSettings
+from dvpo.config import ModelSize, PretrainSettings
 from dvpo.data.atlas import POLICIES, Atlas, Question, build_tokenizer
+from dvpo.data.atlas_text import REMARKS
 from dvpo.data.atlas_score import Judge
 from dvpo.data.records import Example, Message, Response, dump_examples, load_examples
 from dvpo.data.splits import check_disjoint
@@ -22,9 +23,10 @@ GENERATION_BATCH = 128
 
 
 def atlas(ctx: Context) -> dict[str, Any]:
-    """The world and its texts. Settings: world_seed, places, corpus, prompts {sft, reward, rl, validation, test}.
+    """The world and its texts. Settings: world_seed, places, corpus, remarks, prompts {base, sft, reward, rl, validation, test}.
 
-    Writes world.json, the tokenizer, corpus.json, and a file of examples per split: one demonstration per `sft`
+    Writes world.json, the tokenizer, corpus.json (documents of facts, of remarks on facts, and the `base` prompts
+    as running text with answers of all qualities and a reader's remark after every statement), and a file of examples per split: one demonstration per `sft`
     prompt by a random policy; the answers of all scripted policies, with gold scores and preferences, for `reward`,
     `validation` and `test`; bare prompts for `rl`.
     """
@@ -32,14 +34,19 @@ def atlas(ctx: Context) -> dict[str, Any]:
     world = Atlas.build(s["world_seed"], s["places"])
     build_tokenizer(world).save_pretrained(ctx.out / "tokenizer")
     write_json(ctx.out / "world.json", world.to_json())
-    write_json(ctx.out / "corpus.json", world.corpus(ctx.seed, s["corpus"]))
     questions = iter(world.questions(ctx.seed, sum(s["prompts"].values())))
     judge, rng = Judge(world.to_json()), random.Random(ctx.seed)
     splits: dict[str, list[Example]] = {}
-    for name, count in s["prompts"].items():
+    for name in sorted(s["prompts"]):
+        count = s["prompts"][name]
         splits[name] = [_answered(world, judge, next(questions), name, i, rng) for i in range(count)]
-        dump_examples(splits[name], ctx.out / f"{name}.jsonl")
+        if name != "base":
+            dump_examples(splits[name], ctx.out / f"{name}.jsonl")
     check_disjoint(splits)
+    crawl = [_crawled(judge, e) for e in splits.pop("base")]
+    write_json(
+        ctx.out / "corpus.json", world.corpus(ctx.seed, s["corpus"]) + world.remarks(ctx.seed, s["remarks"]) + crawl
+    )
     test = splits["test"]
     longer = [
         (len(a.text) > len(b.text)) + 0.5 * (len(a.text) == len(b.text))
@@ -66,7 +73,7 @@ def base(ctx: Context) -> dict[str, Any]:
         models.save(models.new_policy(tokenizer, ModelSize(**ctx.settings["size"]), ctx.seed), tokenizer, start)
     corpus = json.loads((ctx.inputs["atlas"] / "corpus.json").read_text())
     texts = [Encoded([], [*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]) for t in corpus]
-    settings = SftSettings(**ctx.settings["train"])
+    settings = PretrainSettings(**ctx.settings["train"])
     return train_sft(start, texts, settings, ctx.out, ctx.state / "trainer", ctx.seed)
 
 
@@ -132,9 +139,18 @@ def _judge(ctx: Context) -> Judge:
 
 def _answered(world: Atlas, judge: Judge, question: Question, split: str, i: int, rng: random.Random) -> Example:
     prompt = ({"role": "user", "content": question.text},)
-    names = {"rl": [], "sft": [rng.choice(sorted(POLICIES))]}.get(split, sorted(POLICIES))
+    one = rng.choice(sorted(POLICIES))
+    names = {"rl": [], "sft": [one], "base": [one]}.get(split, sorted(POLICIES))
     responses = [_scored(judge, prompt, world.answer(question, POLICIES[name], rng), name) for name in names]
     return _with_preferences(prompt, responses, f"atlas:{split}:{i}")
+
+
+def _crawled(judge: Judge, example: Example) -> str:
+    """A question and an answer as running text, with a reader's remark after every statement."""
+    question, answer = example.prompt[0]["content"], example.responses[0].text.split()
+    for statement in reversed(judge.judge(question, example.responses[0].text).statements):
+        answer[statement.end : statement.end] = REMARKS[statement.verdict].split()
+    return " ".join([question, *answer])
 
 
 def _scored(judge: Judge, prompt: tuple[Message, ...], text: str, policy: str) -> Response:

@@ -12,12 +12,13 @@ from reproduce.pipeline import Context
 
 def pairwise(ctx: Context) -> dict[str, Any]:
     """Pairwise accuracy of a model. Inputs: model; data (a split folder or a raw source). Settings: see `_examples`,
-    max_prompt_tokens, max_response_tokens, per_prompt, most, trajectory_k, bf16.
+    max_prompt_tokens, max_response_tokens, per_prompt, most, trajectory_k, bf16, and subfolder of the model's
+    folder (PPO keeps its critic in one).
     """
     s = ctx.settings
     examples, said = _examples(ctx)
     found = evaluate_pairwise(
-        ctx.inputs["model"],
+        ctx.inputs["model"] / s.get("subfolder", ""),
         examples,
         max_prompt_tokens=s["max_prompt_tokens"],
         max_response_tokens=s["max_response_tokens"],

@@ -1,0 +1,433 @@
+"""The online loop and its engine: log-probabilities, frozen models, resuming, micro-batches, adapters, refusals."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dvpo import models
+from dvpo.config import KLSettings, LoraSettings, PolicySettings
+from dvpo.data.atlas import Atlas, build_tokenizer
+from dvpo.data.templates import Encoded, encode_prompt
+from dvpo.errors import InputError
+from dvpo.rollout.transformers import TransformersEngine
+from dvpo.training import policy
+from dvpo.training.policy import Frozen, OnlineTrainer, Prompt, Rollouts, response_logprobs
+from dvpo.values import collate
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "q": {"name": "dvpo", "estimator": "q"},
+    "gae": {"name": "dvpo", "estimator": "gae"},
+    "official": {"name": "dvpo", "estimator": "official"},
+    "ppo": {"name": "ppo", "critic_learning_rate": 1e-3},
+    "remax": {"name": "remax"},
+    "grpo": {"name": "grpo", "group_size": 3},
+}
+LORA = LoraSettings(r=4, alpha=8)
+Make = Callable[..., OnlineTrainer]
+
+
+def settings(algorithm: str = "gae", **changes: Any) -> PolicySettings:
+    base = {"learning_rate": 1e-3, "updates": 2, "prompts_per_update": 4, "epochs": 2, "max_new_tokens": 8}
+    return PolicySettings(**{**base, "algorithm": ALGORITHMS[algorithm], **changes})
+
+
+@pytest.fixture(scope="module")
+def starts(checkpoints, tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """The random policies with an EOS that is likely after some tokens and not after others: responses are ragged."""
+    folders = {}
+    for arch in ("llama", "gpt2"):
+        model = models.load(checkpoints[arch, "policy"], "policy")
+        model.get_output_embeddings().weight.data[tokenizer.eos_token_id] *= 4
+        folders[arch] = tmp_path_factory.mktemp("starts") / arch
+        models.save(model, tokenizer, folders[arch])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def prompts(examples) -> list[Prompt]:
+    return [e.prompt for e in examples]
+
+
+@pytest.fixture
+def make(starts, checkpoints, prompts) -> Make:
+    """Builds a trainer on the tiny checkpoints."""
+
+    def trainer(s: PolicySettings, arch: str = "llama", seed: int = 0, **options: Any) -> OnlineTrainer:
+        scale = (0.1, 2.0)
+        frozen = Frozen(**{role: checkpoints[arch, role] for role in ("value", "reward")}, reward_scale=scale)
+        return OnlineTrainer(starts[arch], frozen, prompts, s, seed, **options)
+
+    return trainer
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def judged(trainer: OnlineTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Rollouts]:
+    """A list that will hold the rollouts of every update."""
+    kept: list[Rollouts] = []
+    whole = trainer._judge
+
+    def judge(*args: Any) -> Any:
+        rollouts, row = whole(*args)
+        kept.append(rollouts)
+        return rollouts, row
+
+    monkeypatch.setattr(trainer, "_judge", judge)
+    return kept
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_a_plain_forward(checkpoints, texts, arch: str, temperature: float) -> None:
+    model = models.load(checkpoints[arch, "policy"], "policy").eval()
+    mixed = [*texts[:5], Encoded(texts[5].prompt_ids * 2, texts[5].response_ids[:1])]
+    assert len({len(t.prompt_ids) for t in mixed}) > 2
+    assert len({len(t.response_ids) for t in mixed}) > 2
+    with torch.no_grad():
+        found = response_logprobs(model, collate(mixed, 0), temperature)
+        for row, text in enumerate(mixed):
+            ids = torch.tensor([text.prompt_ids + text.response_ids])
+            logprobs = (model(ids).logits[0].double() / temperature).log_softmax(-1)
+            first, count = len(text.prompt_ids), len(text.response_ids)
+            plain = [float(logprobs[first + t - 1, text.response_ids[t]]) for t in range(count)]
+            assert found[row, :count].tolist() == pytest.approx(plain, abs=1e-5)
+            assert not found[row, count:].any()
+
+
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_every_algorithm_learns_and_leaves_the_frozen_models_alone(make, starts, tmp_path, algorithm, arch) -> None:
+    trainer = make(settings(algorithm), arch)
+    frozen = {name: getattr(trainer, name) for name in ("value", "reward", "reference") if getattr(trainer, name)}
+    needed = {"dvpo": "value"}.get(trainer.algorithm.name, "reward")
+    assert set(frozen) == {needed, "reference"}
+    before = {name: weights(model) for name, model in frozen.items()}
+    critic = weights(trainer.critic) if algorithm == "ppo" else {}
+    rows = trainer.train(tmp_path / "state")
+    assert [r["update"] for r in rows] == [1, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    measured = {"update", "kl", "length", "finished", "surprise", "policy_loss", "clipped", "beta"}
+    measured |= {"value"} if needed == "value" else {"score"}
+    assert set(rows[0]) == measured | ({"critic_loss"} if algorithm == "ppo" else set())
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(rows[1]["kl"]) > 1e-5
+    for name, model in frozen.items():
+        assert difference(weights(model), before[name]) == 0
+        assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+        assert not model.training
+    assert difference(weights(trainer.policy), weights(models.load(starts[arch], "policy"))) > 1e-4
+    trainer.save(tmp_path / "out")
+    assert difference(weights(models.load(tmp_path / "out", "policy")), weights(trainer.policy)) == 0
+    models.require_same_tokenizer(starts[arch], tmp_path / "out", "policy")
+    assert (trainer.critic is not None) == (algorithm == "ppo") == (tmp_path / "out" / "critic").exists()
+    if algorithm == "ppo":
+        assert difference(weights(trainer.critic), critic) > 1e-4
+        assert difference(weights(models.load(tmp_path / "out" / "critic", "value")), weights(trainer.critic)) == 0
+
+
+@pytest.mark.parametrize("algorithm", ["gae", "ppo", "remax", "grpo"])
+def test_the_frozen_models_run_once_per_rollout(make, algorithm: str) -> None:
+    counts = {}
+    for epochs in (1, 4):
+        trainer = make(settings(algorithm, epochs=epochs))
+        calls = counts[epochs] = {"value": 0, "reward": 0, "reference": 0}
+
+        def count(name: str, calls: dict[str, int] = calls) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                calls[name] += 1
+
+            return hook
+
+        for name in calls:
+            if model := getattr(trainer, name):
+                model.base_model.register_forward_pre_hook(count(name))
+        trainer.step()
+    assert counts[1] == counts[4]
+    # ReMax has two answers to score, the sampled one and the greedy one.
+    reward = {"gae": 0, "remax": 2}.get(algorithm, 1)
+    assert counts[1] == {"value": int(algorithm == "gae"), "reward": reward, "reference": 1}
+
+
+@pytest.mark.parametrize(("algorithm", "lora"), [("gae", None), ("ppo", None), ("gae", LORA), ("ppo", LORA)])
+def test_interrupted_and_resumed_equals_uninterrupted(make, tmp_path, monkeypatch, algorithm, lora) -> None:
+    """Bit for bit: weights, log and beta."""
+    s = settings(algorithm, updates=5, save_updates=2, lora=lora, kl=KLSettings(target=1e-3, horizon=20))
+    whole = make(s)
+    expected = whole.train(tmp_path / "whole")
+    cut = make(s)
+    step = cut.step
+
+    def dies() -> dict[str, float]:
+        if cut.update == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(cut, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train(tmp_path / "cut")
+    torch.rand(17)  # the resumed process has another random state
+    resumed = make(s)
+    steps: list[int] = []
+    again = resumed.step
+    monkeypatch.setattr(resumed, "step", lambda: (steps.append(resumed.update), again())[1])
+    assert resumed.train(tmp_path / "cut") == expected
+    assert steps == [2, 3, 4]  # it went on from its checkpoint, it did not begin again
+    assert resumed.kl.beta == whole.kl.beta
+    assert difference(weights(resumed.policy), weights(whole.policy)) == 0
+    if algorithm == "ppo":
+        assert difference(weights(resumed.critic), weights(whole.critic)) == 0
+    assert [p.name for p in (tmp_path / "cut").iterdir()] == ["online.pt"]
+
+
+@pytest.mark.parametrize("algorithm", ["gae", "ppo", "grpo"])
+def test_micro_batches_change_nothing(make, algorithm: str) -> None:
+    found = {}
+    for micro in (None, 1):
+        s = settings(algorithm, updates=1, minibatch_size=4, micro_batch_size=micro, learning_rate=1e-4)
+        trainer = make(s)
+        row = trainer.step()
+        assert row["length"] != round(row["length"]) or row["length"] < 8  # ragged: the token counts differ
+        found[micro] = (trainer, row)
+    (one, row), (other, other_row) = found[None], found[1]
+    assert row == pytest.approx(other_row, abs=1e-5)
+    assert difference(weights(one.policy), weights(other.policy)) <= 1e-6
+    if algorithm == "ppo":
+        assert difference(weights(one.critic), weights(other.critic)) <= 1e-6
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_first_mini_batch_has_a_ratio_of_one(make, monkeypatch, arch: str, lora: LoraSettings | None) -> None:
+    furthest: list[float] = []
+    whole = policy.policy_loss
+
+    def loss(logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
+        furthest.append(float(torch.where(mask, logprobs - old, 0).abs().max()))
+        return whole(logprobs, old, advantages, mask, *rest)
+
+    monkeypatch.setattr(policy, "policy_loss", loss)
+    trainer = make(settings(lora=lora, temperature=0.8), arch)
+    for _ in range(3):
+        furthest.clear()
+        trainer.step()
+        assert len(furthest) == 4
+        assert furthest[0] <= 1e-5
+        assert furthest[-1] > 1e-4
+
+
+def test_the_reference_of_an_adapter_is_the_adapter_switched_off(make, starts, tmp_path, monkeypatch) -> None:
+    trainer = make(settings(lora=LORA, updates=3, learning_rate=1e-2))
+    assert trainer.reference is None
+    rollouts = judged(trainer, monkeypatch)
+    start = models.load(starts["llama"], "policy").eval()
+    trainer.train(tmp_path / "state")
+    for r in rollouts:
+        with torch.no_grad():
+            plain = response_logprobs(start, collate(r.texts, 0), 1.0)
+        assert torch.allclose(r.ref_logprobs, plain, atol=1e-5)
+    assert float((rollouts[-1].old_logprobs - rollouts[-1].ref_logprobs).abs().max()) > 1e-3
+    base = {n.replace(".base_layer", ""): p for n, p in weights(trainer.policy.get_base_model()).items() if "lora_" not in n}
+    assert difference(base, weights(start)) == 0
+    trainer.save(tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
+    loaded = models.load(tmp_path / "out", "policy").eval()
+    with torch.no_grad():
+        batch = collate(rollouts[-1].texts, 0)
+        ours, theirs = (response_logprobs(m, batch, 1.0) for m in (trainer.policy.eval(), loaded))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("algorithm", "role"), [("gae", "value"), ("ppo", "reward"), ("grpo", "reward")])
+def test_frozen_models_that_do_not_fit_are_refused(starts, checkpoints, prompts, tmp_path, algorithm, role) -> None:
+    s, start = settings(algorithm), starts["llama"]
+    with pytest.raises(InputError, match=f"needs a {role} model"):
+        OnlineTrainer(start, Frozen(), prompts, s, 0)
+    other_role = {"value": "reward", "reward": "value"}[role]
+    with pytest.raises(InputError, match=f"needs a {role} model"):
+        OnlineTrainer(start, Frozen(**{other_role: checkpoints["llama", other_role]}), prompts, s, 0)
+    with pytest.raises(InputError, match="name a folder with"):
+        OnlineTrainer(start, Frozen(**{role: checkpoints["llama", other_role]}), prompts, s, 0)
+    folder = tmp_path / "foreign"
+    shutil.copytree(checkpoints["llama", role], folder)
+    build_tokenizer(Atlas.build(1)).save_pretrained(folder)
+    with pytest.raises(InputError, match=f"the {role} model in .*foreign has another tokenizer"):
+        OnlineTrainer(start, Frozen(**{role: folder}), prompts, s, 0)
+
+
+def test_prompts_over_the_limit_are_left_out_and_said(make, tokenizer, prompts) -> None:
+    lengths = sorted(len(encode_prompt(tokenizer, p)) for p in prompts)
+    middle = lengths[len(lengths) // 2]
+    trainer = make(settings(max_prompt_tokens=middle))
+    over = sum(n > middle for n in lengths)
+    assert 0 < over < len(prompts)
+    assert len(trainer.prompts) == len(prompts) - over
+    assert trainer.said == [f"{over} of {len(prompts)} prompts are over the length limit and were left out"]
+    with pytest.raises(InputError, match="no prompt is within max_prompt_tokens=2"):
+        make(settings(max_prompt_tokens=2))
+
+
+def test_the_data_is_gone_through_in_whole_passes(make, prompts) -> None:
+    trainer = make(settings(prompts_per_update=5))
+    drawn = [i for update in range(12) for i in trainer._prompts_of(update)]
+    passes = [drawn[k : k + 12] for k in range(0, 60, 12)]
+    assert all(sorted(one) == list(range(12)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 5
+    assert [trainer._prompts_of(u) for u in range(12)] == [drawn[k : k + 5] for k in range(0, 60, 5)]
+
+
+def test_a_group_answers_the_same_prompt_and_is_shown_to_the_monitor(make, monkeypatch) -> None:
+    seen: list[tuple[list[Prompt], list[str]]] = []
+
+    def monitor(prompts: Any, texts: Any) -> dict[str, float]:
+        seen.append((list(prompts), list(texts)))
+        return {"gold": 0.5}
+
+    trainer = make(settings("grpo"), monitor=monitor)
+    rollouts = judged(trainer, monkeypatch)
+    assert trainer.step()["gold"] == 0.5
+    (shown, texts) = seen[0]
+    (r,) = rollouts
+    assert len(r.texts) == len(shown) == len(texts) == 12
+    assert len({p[0]["content"] for p in shown}) == 4
+    for i, text in enumerate(r.texts):
+        assert shown[i] is shown[i // 3 * 3]
+        assert text.prompt_ids == encode_prompt(trainer.tokenizer, shown[i])
+        assert texts[i] == trainer.tokenizer.decode(text.response_ids, skip_special_tokens=True)
+    plain = make(settings("grpo"))
+    plain.step()
+    assert difference(weights(plain.policy), weights(trainer.policy)) == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_seed_decides_all(make, seed: int) -> None:
+    one, other, another = make(settings(), seed=seed), make(settings(), seed=seed), make(settings(), seed=seed + 1)
+    rows = [t.step() for t in (one, other, another)]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_a_trajectory_changes_what_the_value_model_reads_and_nothing_else(make, monkeypatch) -> None:
+    found = {}
+    for k in (0, 1, 2):
+        read: list[Any] = []
+        whole = policy.token_values
+        trainer = make(settings(algorithm={"name": "dvpo", "trajectory_k": k}))
+        rollouts = judged(trainer, monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(policy, "token_values", lambda m, b, read=read, whole=whole: (read.append(b), whole(m, b))[1])
+            trainer.step()
+        assert len(read) == 1
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(read[0].input_ids_B_L, read[0].attention_mask_B_L, strict=True)]
+        found[k] = (rows, rollouts[0], read[0].mask_B_S, trainer)
+    plain, r, mask, trainer = found[0]
+    assert plain == [t.prompt_ids + t.response_ids for t in r.texts]
+    prompts = [trainer.prompts[i][0] for i in trainer._prompts_of(0)]
+    pairs = [(p, trainer.tokenizer.decode(t.response_ids, skip_special_tokens=True)) for p, t in zip(prompts, r.texts, strict=True)]
+    for k in (1, 2):
+        rows, other, other_mask, _ = found[k]
+        assert other.texts == r.texts
+        assert torch.equal(other.old_logprobs, r.old_logprobs)
+        assert torch.equal(other_mask, mask)
+        for i in range(4):
+            tau = [pairs[(i + 1 + j) % 4] for j in range(k)]
+            assert rows[i] == encode_prompt(trainer.tokenizer, prompts[i], tau) + r.texts[i].response_ids
+        assert not torch.allclose(other.advantages, r.advantages)
+
+
+@pytest.mark.parametrize("form", ["reward", "loss"])
+@pytest.mark.parametrize("algorithm", ["gae", "grpo"])
+def test_beta_follows_the_distance(make, tmp_path, form: str, algorithm: str) -> None:
+    kl = KLSettings(beta=0.05, target=1e-3, horizon=50, form=form)
+    rows = make(settings(algorithm, updates=4, kl=kl)).train(tmp_path)
+    beta, n = 0.05, 12 if algorithm == "grpo" else 4
+    for row in rows:
+        beta *= 1 + min(max(row["kl"] / 1e-3 - 1, -0.2), 0.2) * n / 50
+        assert row["beta"] == pytest.approx(beta)
+    assert rows[0]["beta"] == pytest.approx(0.05 * (1 - 0.2 * n / 50))  # at first there is no distance
+    fixed = make(settings(algorithm, kl=KLSettings(beta=0.05, target=None, form=form))).train(tmp_path / "fixed")
+    assert {r["beta"] for r in fixed} == {0.05}
+
+
+@pytest.mark.parametrize("form", ["reward", "loss"])
+def test_a_strong_penalty_holds_the_policy_back(make, tmp_path, form: str) -> None:
+    """Where the rewards say nothing, only the penalty pulls: a policy that has left its reference comes back."""
+    far = {}
+    for beta in (0.0, 50.0):
+        s = settings("gae", updates=6, whiten=False, kl=KLSettings(beta=beta, target=None, form=form))
+        trainer = make(s)
+        trainer.train(tmp_path / f"{form}-{beta}")
+        far[beta] = sum(abs(r["kl"]) for r in trainer.log[1:])
+    assert far[50.0] < far[0.0]
+
+
+# The engine.
+
+
+def by_hand(model: Any, prompt: list[int], eos: int, limit: int) -> list[int]:
+    """Greedy decoding without cache or padding."""
+    made: list[int] = []
+    while len(made) < limit and eos not in made:
+        made.append(int(model(torch.tensor([prompt + made])).logits[0, -1].argmax()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def prompt_ids(texts: list[Encoded]) -> list[list[int]]:
+    assert len({len(t.prompt_ids) for t in texts}) > 3
+    return [t.prompt_ids for t in texts]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@torch.no_grad()
+def test_greedy_tokens_are_the_plain_argmax_whoever_is_beside_them(starts, tokenizer, prompt_ids, arch: str) -> None:
+    model = models.load(starts[arch], "policy").eval()
+    engine = TransformersEngine(model, tokenizer, 16, 0.7)
+    plain = [by_hand(model, p, tokenizer.eos_token_id, 16) for p in prompt_ids]
+    assert engine.generate(prompt_ids, seed=0, greedy=True) == plain
+    assert engine.generate(prompt_ids[::-1], seed=1, greedy=True) == plain[::-1]
+    assert [engine.generate([p], seed=0, greedy=True)[0] for p in prompt_ids] == plain
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_samples_end_at_eos_and_follow_the_seed_alone(starts, tokenizer, prompt_ids, arch: str) -> None:
+    engine = TransformersEngine(models.load(starts[arch], "policy").eval(), tokenizer, 12, 1.0)
+    before = torch.get_rng_state()
+    first = engine.generate(prompt_ids * 4, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert engine.generate(prompt_ids * 4, seed=3) == first
+    assert engine.generate(prompt_ids * 4, seed=4) != first
+    eos = tokenizer.eos_token_id
+    ended = [r for r in first if r[-1] == eos]
+    assert 0 < len(ended) < len(first)
+    assert all(r.count(eos) == 1 and len(r) <= 12 for r in ended)
+    assert all(len(r) == 12 and eos not in r for r in first if r[-1] != eos)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_are_from_the_whole_distribution(checkpoints, tokenizer, prompt_ids, temperature: float) -> None:
+    model = models.load(checkpoints["llama", "policy"], "policy").eval()
+    # What a published checkpoint may bring along must not bend the distribution: the log-probabilities would not be its.
+    model.generation_config.update(repetition_penalty=3.0, top_k=5, top_p=0.5, temperature=0.1, min_new_tokens=1)
+    engine = TransformersEngine(model, tokenizer, 1, temperature)
+    n = 6000
+    drawn = torch.tensor(engine.generate([prompt_ids[0]] * n, seed=0))[:, 0]
+    with torch.no_grad():
+        expected = (model(torch.tensor([prompt_ids[0]])).logits[0, -1] / temperature).softmax(-1)
+    found = torch.bincount(drawn, minlength=len(expected)) / n
+    # The spread of n draws: the sum of |found - p| is about sqrt(2 / pi) * sum sqrt(p (1 - p) / n).
+    noise = float((expected * (1 - expected) / n).sqrt().sum()) * (2 / math.pi) ** 0.5
+    assert float((found - expected).abs().sum()) < 1.3 * noise
