@@ -12,7 +12,7 @@ class Settings(BaseModel):
 
 
 class LoraSettings(Settings):
-    """A low-rank adapter on every linear layer of the backbone; the frozen reference is then the adapter switched off."""
+    """A low-rank adapter on every linear layer of the backbone; the reference is then the adapter switched off."""
 
     r: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
@@ -52,7 +52,9 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _whole_batches(self) -> Self:
         if self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         if self.save_steps % self.log_steps:
             # A resumed run then logs the same losses as an uninterrupted one.
             raise ValueError(f"save_steps {self.save_steps} is not a multiple of log_steps {self.log_steps}")
@@ -64,7 +66,7 @@ class SftSettings(TrainSettings):
 
 
 class PretrainSettings(SftSettings):
-    """Training the tiny base model from random weights. A short memory of squared gradients (beta2) learns facts sooner."""
+    """Training the tiny base model from random weights. A short memory of squared gradients learns sooner."""
 
     adam_beta2: float = Field(0.95, gt=0, lt=1)
 

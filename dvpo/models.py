@@ -48,13 +48,17 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no tokenizer could be loaded ({_first_line(error)}); save one beside the weights") from error
+        raise InputError(
+            f"{folder}: no tokenizer could be loaded ({_first_line(error)}); save one beside the weights"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # Our own masks come from lengths, but library code that compares ids with the padding token must not take a
         # real EOS for padding. Any other special token will do as the filler.
-        special = [t for t in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()) if t != tokenizer.eos_token]
+        special = [
+            t for t in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()) if t != tokenizer.eos_token
+        ]
         if not special:
             raise InputError(f"{folder}: the tokenizer has no special token but EOS to pad with; add a padding token")
         tokenizer.pad_token = special[0]
@@ -63,7 +67,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of what turns text into ids (vocabulary, merges, normalisation, EOS). Padding and chat template are not in it."""
+    """Digest of what turns text into ids: vocabulary, merges, normalisation, EOS; not padding or the chat template."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for key in ("padding", "truncation"):
         backend.pop(key, None)
@@ -100,7 +104,9 @@ def load(
     """
     found = role_of(folder)
     if found != role and not fresh_head:
-        raise InputError(f"{folder} holds {_describe(found)}, not {_describe(role)}; name a folder with {_describe(role)}")
+        raise InputError(
+            f"{folder} holds {_describe(found)}, not {_describe(role)}; name a folder with {_describe(role)}"
+        )
     model = _load_merged(folder, found, dtype) if _adapter(folder) else _load_stock(folder, role, dtype, fresh_head)
     if fresh_head and _adapter(folder):
         model = _with_backbone_of(model, role, dtype)
@@ -122,19 +128,23 @@ class Float32Head(nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., 1], float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            return nn.functional.linear(
+                hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+            )
 
 
 def role_of(folder: str | Path) -> Role | None:
-    """What kind of model a checkpoint folder (or hub id) holds; None if it is none of ours. Raises InputError if nothing is there."""
+    """What kind of model a folder (or hub id) holds; None if none of ours. Raises InputError if nothing is there."""
     adapter = _adapter(folder)
     if adapter:
         tasks: dict[str, Role] = {task: role for role, task in _TASKS.items()}
         return tasks.get(adapter["task_type"])
     try:
         config = AutoConfig.from_pretrained(str(folder))
-    except Exception as error:  # noqa: BLE001 - json, hub and key errors share no base class
-        raise InputError(f"{folder}: no model is there ({_first_line(error)}); give a checkpoint folder or a hub id") from error
+    except Exception as error:
+        raise InputError(
+            f"{folder}: no model is there ({_first_line(error)}); give a checkpoint folder or a hub id"
+        ) from error
     names = config.architectures or [""]
     if names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "policy"  # some are not called ...ForCausalLM: GPT2LMHeadModel
@@ -206,15 +216,17 @@ def head_name(model: Any) -> str:
     for name in _HEADS:
         if hasattr(model, name):
             return name
-    raise InputError(f"{type(model).__name__} has no head named {' or '.join(_HEADS)}; use an architecture that has one")
+    raise InputError(
+        f"{type(model).__name__} has no head named {' or '.join(_HEADS)}; use an architecture that has one"
+    )
 
 
-def head(model: Any) -> nn.Module:
+def head(model: Any) -> Any:
     """The linear head of a value or reward model (hidden -> 1)."""
     return getattr(model, head_name(model))
 
 
-def disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: Any) -> None:
     """Sets every dropout probability to 0, so that training and scoring read the same values."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -232,13 +244,15 @@ def _load_stock(base: str | Path, role: Role, dtype: torch.dtype, fresh_head: bo
     log.setLevel(logging.ERROR)  # a fresh head is expected, not worth a warning
     try:
         model, info = _AUTO[role].from_pretrained(str(base), output_loading_info=True, **settings)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise InputError(f"{base}: the checkpoint cannot be loaded ({_first_line(error)})") from error
     finally:
         log.setLevel(level)
     missing = sorted(k for k in info["missing_keys"] if not (fresh_head and k.split(".")[0] in _HEADS))
     if missing:
-        raise InputError(f"{base}: the checkpoint lacks the weights {', '.join(missing[:3])}; it is damaged or of another kind")
+        raise InputError(
+            f"{base}: the checkpoint lacks the weights {', '.join(missing[:3])}; it is damaged or of another kind"
+        )
     return model
 
 

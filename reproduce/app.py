@@ -48,7 +48,9 @@ def prepare(request: Request) -> Prepared:
     wanted = {f"T{n}" for n in request.tables} | {f"F{n}" for n in request.figures}
     if missing := sorted(w for w in wanted if w not in graph.leaves):
         known = ", ".join(sorted(n for n in graph.leaves if n[0] in "TF" and n[1:].isdigit()))
-        raise InputError(f"recipe {recipe.name} does not measure {', '.join(missing)}; it has {known} (T table, F figure)")
+        raise InputError(
+            f"recipe {recipe.name} does not measure {', '.join(missing)}; it has {known} (T table, F figure)"
+        )
     stages = graph.order(wanted or None)
     return Prepared(recipe, graph, wanted or None, stages, request.out or Path("runs") / recipe.name)
 

@@ -68,7 +68,7 @@ def gold_bars(book: "Book", folder: Path) -> dict[str, Any] | None:
     from reproduce import figures as draw
     from reproduce.tables import LABELS
 
-    rows = []
+    rows: list[draw.Bar] = []
     for name, label in LABELS.items():
         if book.seeds(f"gold/{name}"):
             mean, (low, high) = mean_over_seeds(book.gold(name))
@@ -105,7 +105,9 @@ def lemma(book: "Book", folder: Path) -> dict[str, Any] | None:
     from reproduce import lemma_figure
 
     files = lemma_figure.draw(json.loads((found.path / "sweep.json").read_text()), folder / "lemma_3_1.svg")
-    caption = "Difference of the policy gradients from a reward-derived and a learned Q in random tabular MDPs, with the "
+    caption = (
+        "Difference of the policy gradients from a reward-derived and a learned Q in random tabular MDPs, with the "
+    )
     caption += "bound kappa; mean and 95 % band over MDPs."
     return {"figure": "lemma 3.1", "title": "Lemma 3.1", "caption": caption, "files": list(files)}
 

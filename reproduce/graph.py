@@ -52,14 +52,15 @@ def atlas_graph(recipe: AtlasRecipe) -> Graph:
 
 
 def _atlas_seed(graph: Graph, r: AtlasRecipe, seed: int) -> None:
-    def stage(name: str, kind: str, settings: dict[str, Any], wanted: str = "", exclusive: bool = False, **inputs: Any) -> Stage:
-        return graph.add(Stage(f"seed{seed}/{name}", kind, settings, inputs, seed, exclusive), *wanted.split())
+    def stage(name: str, kind: str, settings: dict[str, Any], wanted: str = "", **inputs: Any) -> Stage:
+        made = Stage(f"seed{seed}/{name}", kind, settings, inputs, seed, exclusive=kind == "cost")
+        return graph.add(made, *wanted.split())
 
     def sized(size: Any, suffix: str) -> Stage:
         base = stage(f"base{suffix}", "base", {"size": _json(size), "train": _json(r.base)}, atlas=world)
         return stage(f"sft{suffix}", "sft", {"split": "sft", "train": _json(r.sft)}, start=base, data=world)
 
-    def gvm(name: str, start: Stage, data: Stage, settings: GvmSettings = r.gvm, **inputs: Stage) -> Stage:
+    def gvm(name: str, start: Stage, data: Stage, settings: GvmSettings = r.gvm, **inputs: Any) -> Stage:
         return stage(name, "gvm", {"train": _json(settings), "pairs": pairs}, start=start, data=data, **inputs)
 
     def accuracy(name: str, model: Stage, wanted: str, subfolder: str = "") -> None:
@@ -81,9 +82,9 @@ def _atlas_seed(graph: Graph, r: AtlasRecipe, seed: int) -> None:
     value = gvm("gvm", sft, covered)
     reward = stage("rm", "rm", {"train": _json(r.rm), "pairs": pairs}, start=sft, data=covered)
     scale = _scale(stage, r, "", reward, covered, pairs)
-    frozen = {"dvpo": {"value": value}, "other": {"reward": reward, "reward_scale": scale}}
+    frozen: dict[str, dict[str, Any]] = {"dvpo": {"value": value}, "other": {"reward": reward, "reward_scale": scale}}
 
-    def online(name: str, method: str, models: dict[str, dict[str, Stage]]) -> Stage:
+    def online(name: str, method: str, models: dict[str, dict[str, Any]]) -> Stage:
         settings = r.method(method)
         chosen = models["dvpo" if settings.algorithm.name == "dvpo" else "other"]
         train = {"split": "rl", "train": _json(settings)}
@@ -109,7 +110,7 @@ def _atlas_seed(graph: Graph, r: AtlasRecipe, seed: int) -> None:
         accuracy(f"gvm-{name}", gvm(f"gvm-{name}", sized(size, f"-{name}"), covered), "T8")
     if r.scripted:
         bare = stage("coverage-scripted", "coverage", {"own": 0, **_json(r.sampling)}, atlas=world)
-        models: dict[str, dict[str, Stage]] = {"dvpo": {"value": gvm("gvm-scripted", sft, bare)}}
+        models: dict[str, dict[str, Any]] = {"dvpo": {"value": gvm("gvm-scripted", sft, bare)}}
         if any(r.method(name).algorithm.name != "dvpo" for name in r.scripted):
             rm = stage("rm-scripted", "rm", {"train": _json(r.rm), "pairs": pairs}, start=sft, data=bare)
             models["other"] = {"reward": rm, "reward_scale": _scale(stage, r, "-scripted", rm, bare, pairs)}
@@ -120,7 +121,7 @@ def _atlas_seed(graph: Graph, r: AtlasRecipe, seed: int) -> None:
         stage("token-values", "token_values", {"split": "test"}, "F3", model=value, data=covered, atlas=world)
         shown = {name: _json(r.method(name)) for name in r.methods if name in ("dvpo-gae", "ppo", "remax", "grpo")}
         cost = {"methods": shown, "split": "rl", "rounds": r.cost_rounds, "updates": r.cost_updates}
-        stage("cost", "cost", cost, "T7", exclusive=True, start=sft, data=world, **frozen["dvpo"], **frozen["other"])
+        stage("cost", "cost", cost, "T7", start=sft, data=world, **frozen["dvpo"], **frozen["other"])
         graph.add(Stage("lemma", "lemma", {"seeds": 100}), "lemma")
 
 
@@ -147,7 +148,7 @@ def data_graph(r: DataRecipe, data: str | None) -> Graph:
     return graph
 
 
-def _data_seed(graph: Graph, r: DataRecipe, seed: int, start: Source, hub: str | None, source: dict[str, Source]) -> None:
+def _data_seed(graph: Graph, r: DataRecipe, seed: int, start: Source, hub: str | None, source: dict[str, Any]) -> None:
     def stage(name: str, kind: str, settings: dict[str, Any], wanted: str = "", **inputs: Any) -> Stage:
         return graph.add(Stage(f"seed{seed}/{name}", kind, settings, inputs, seed), *wanted.split())
 
@@ -169,4 +170,12 @@ def _data_seed(graph: Graph, r: DataRecipe, seed: int, start: Source, hub: str |
             settings = {**measure, "split": None, "most": r.other_most}
             stage(f"{other}/{name}", "pairwise", settings, "T5", model=model, data=Source(Path(path)))
     stage("token-values", "token_values", {"split": None}, "F3", model=trained["gvm"])
-    stage("policy/dvpo", "policy", {"split": "rl", "train": _json(r.policy)}, "F4", start=start, data=data, value=trained["gvm"])
+    stage(
+        "policy/dvpo",
+        "policy",
+        {"split": "rl", "train": _json(r.policy)},
+        "F4",
+        start=start,
+        data=data,
+        value=trained["gvm"],
+    )

@@ -41,7 +41,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Stage:
-    """One node: what to run (`kind`), how (`settings`, `seed`), and on what (`inputs`). `id` is its name in this run."""
+    """A node: what to run (`kind`), how (`settings`, `seed`), on what (`inputs`). `id` is its name in this run."""
 
     id: str
     kind: str
@@ -250,7 +250,9 @@ def plan(stages: Sequence[Stage], root: Path) -> list[Planned]:
             done[stage.id] = result
             lines.append(Planned(stage.id, stage.kind, "done", job.folder))
         elif store.work(job).exists():
-            lines.append(Planned(stage.id, stage.kind, "to finish", "it was interrupted and goes on from its checkpoint"))
+            lines.append(
+                Planned(stage.id, stage.kind, "to finish", "it was interrupted and goes on from its checkpoint")
+            )
         elif (root / job.folder).exists():
             lines.append(Planned(stage.id, stage.kind, "to run", "its stored outputs are damaged"))
         else:

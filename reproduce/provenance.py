@@ -39,7 +39,9 @@ def device() -> dict[str, str | int]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     found: dict[str, str | int] = {"cpu": model, "cores": os.cpu_count() or 1, "torch_threads": torch.get_num_threads()}
     if torch.cuda.is_available():

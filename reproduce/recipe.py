@@ -74,7 +74,7 @@ class AtlasRecipe(Settings):
     compute: Compute = Compute()
     atlas: World
     size: ModelSize
-    other_sizes: dict[str, ModelSize] = {}
+    other_sizes: dict[str, ModelSize] = Field(default_factory=dict)
     base: PretrainSettings
     sft: SftSettings
     own_samples: int = Field(ge=1)
@@ -86,7 +86,7 @@ class AtlasRecipe(Settings):
     measure: Measure
     policy: dict[str, Any]
     methods: dict[str, dict[str, Any]]
-    scripted: list[str] = []
+    scripted: list[str] = Field(default_factory=list)
     cost_updates: int = Field(4, ge=1)
     cost_rounds: int = Field(3, ge=1)
 
@@ -122,7 +122,7 @@ class DataRecipe(Settings):
     gvm: GvmSettings
     policy: PolicySettings
     measure: Measure
-    other_data: dict[str, str] = {}
+    other_data: dict[str, str] = Field(default_factory=dict)
     other_most: int = Field(400, ge=1)
 
 
@@ -145,7 +145,9 @@ def load(name_or_file: str, overrides: tuple[str, ...] = ()) -> AtlasRecipe | Da
     elif name_or_file in names():
         text = (resources.files("reproduce") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
     else:
-        raise InputError(f"there is no recipe {name_or_file!r}; choose one of {', '.join(names())} or name a .yaml file")
+        raise InputError(
+            f"there is no recipe {name_or_file!r}; choose one of {', '.join(names())} or name a .yaml file"
+        )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

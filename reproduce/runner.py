@@ -72,7 +72,9 @@ def _take(stage: Stage, future: "Future[Path]", root: Path) -> Result:
     except InputError:
         raise
     except BrokenProcessPool as error:
-        raise StageError(f"stage {stage.id}: its process was killed (out of memory?); run the same command to go on") from error
+        raise StageError(
+            f"stage {stage.id}: its process was killed (out of memory?); run the same command to go on"
+        ) from error
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0][:300]
         raise StageError(f"stage {stage.id} failed: {type(error).__name__}: {first} (the log is {log})") from error

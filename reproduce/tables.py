@@ -77,9 +77,7 @@ class Book:
 
     def rows(self, name: str, file: str) -> list[list[dict[str, Any]]]:
         """The lines of a stage's JSON-lines file, per seed."""
-        return [
-            [json.loads(line) for line in (r.path / file).read_text().splitlines()] for r in self.seeds(name)
-        ]
+        return [[json.loads(line) for line in (r.path / file).read_text().splitlines()] for r in self.seeds(name)]
 
     def gold(self, name: str) -> list[list[float]]:
         """Gold scores per seed and test prompt."""
@@ -110,7 +108,9 @@ def row(book: Book, model: str, method: str, metric: str, published: float | Non
     }
 
 
-def accuracy_row(book: Book, stage: str, model: str, method: str, metric: str, aggregate: str, published: float | None) -> dict[str, Any]:
+def accuracy_row(
+    book: Book, stage: str, model: str, method: str, metric: str, aggregate: str, published: float | None
+) -> dict[str, Any]:
     """A row of pairwise accuracy in percent."""
     values, groups = book.wins(stage, aggregate)
     return row(book, model, method, metric, published, values, groups, scale=100.0)
@@ -132,15 +132,17 @@ def table_1(book: Book) -> dict[str, Any] | None:
     for name in names:
         method = PAPER_METHOD.get(name, "DVPO" if name == "dvpo-q" else "")
         published = paper.value(1, "Llama3.2-3B-Base", method, "MT-Bench") if method else None
-        rows.append(row(book, size_name(book), LABELS[name], "gold score (paper: MT-Bench, 3B)", published, book.gold(name)))
+        rows.append(
+            row(book, size_name(book), LABELS[name], "gold score (paper: MT-Bench, 3B)", published, book.gold(name))
+        )
     for name in names[1:]:
         gains = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(book.gold(name), sft, strict=True)]
         rows.append(row(book, size_name(book), LABELS[name], "gain over SFT, paired", None, gains))
     return {
         "table": 1,
         "title": "Policies on unseen prompts",
-        "note": "Gold score in [-1, 1] of sampled answers to test prompts. GRPO samples 5 answers a prompt, the others 1 "
-        "(ReMax one more, greedy). The paper's column is on another scale and another model.",
+        "note": "Gold score in [-1, 1] of sampled answers to test prompts. GRPO samples 5 answers a prompt, others 1"
+        " (ReMax one more, greedy). The paper's column is on another scale and another model.",
         "rows": rows,
     }
 
@@ -163,7 +165,11 @@ def table_5(book: Book) -> dict[str, Any] | None:
     rows = []
     for other in book.recipe.other_data:
         published = paper.value(5, "Llama3-8B", "GVM", "accuracy on HH-RLHF") if "hh" in other else None
-        for name, label, how in (("gvm", "GVM", "mean"), ("gvm-from-score", "GVM from scores", "mean"), ("rm", "ScalarRM", "last")):
+        for name, label, how in (
+            ("gvm", "GVM", "mean"),
+            ("gvm-from-score", "GVM from scores", "mean"),
+            ("rm", "ScalarRM", "last"),
+        ):
             if book.seeds(f"{other}/{name}"):
                 rows.append(accuracy_row(book, f"{other}/{name}", size_name(book), label, f"accuracy on {other}", how,
                                          published if name == "gvm" else None))  # fmt: skip
@@ -174,7 +180,7 @@ def table_5(book: Book) -> dict[str, Any] | None:
 def table_7(book: Book) -> dict[str, Any] | None:
     """Seconds per update and peak memory."""
     found = book.results.get("seed0/cost")
-    if found is None:
+    if found is None or not isinstance(book.recipe, AtlasRecipe):
         return None
     rows = []
     for name, cost in found.manifest["metrics"]["methods"].items():
@@ -187,7 +193,9 @@ def table_7(book: Book) -> dict[str, Any] | None:
                 "measured": round(cost[key] * scale, 4), "ci95": spread, "n": book.recipe.cost_rounds,
                 "seeds": 1, "verdict": SCALE,
             })  # fmt: skip
-    note = "Medians over rounds in one run; the range of the rounds stands in the interval's place. Memory is the growth "
+    note = (
+        "Medians over rounds in one run; the range of the rounds stands in the interval's place. Memory is the growth "
+    )
     note += "of the process's peak over its imports; at this size it is mostly the allocator's."
     return {"table": 7, "title": "Cost of an update", "note": note, "rows": rows}
 
@@ -237,8 +245,8 @@ def credit(book: Book) -> dict[str, Any] | None:
                 })  # fmt: skip
     if rows:
         chance = float(np.mean([r.manifest["metrics"]["lowest_chance"] for r in book.seeds("credit/gvm")]))
-        return {"table": "credit", "title": "Credit against known truth", "rows": rows,
-                "note": f"Chance: AUROC 0.5; lowest step {chance:.3f}. Intervals are the mean over seeds of each seed's own."}  # fmt: skip
+        note = f"Chance: AUROC 0.5; lowest step {chance:.3f}. Intervals: the mean over seeds of each seed's."
+        return {"table": "credit", "title": "Credit against known truth", "note": note, "rows": rows}
     return None
 
 
@@ -248,9 +256,25 @@ def coverage(book: Book) -> dict[str, Any] | None:
     for name in book.names("gold"):
         if name.endswith("-scripted"):
             method = name.removesuffix("-scripted")
-            for stage, metric in ((method, "gold score, own answers covered"), (name, "gold score, scripted policies only")):
-                rows.append(row(book, size_name(book), LABELS[method], metric, None, book.gold(stage), verdict="not in the paper"))
-    for stage, metric in (("gvm", "GVM accuracy, own answers covered"), ("gvm-scripted", "GVM accuracy, scripted policies only")):
+            for stage, metric in (
+                (method, "gold score, own answers covered"),
+                (name, "gold score, scripted policies only"),
+            ):
+                rows.append(
+                    row(
+                        book,
+                        size_name(book),
+                        LABELS[method],
+                        metric,
+                        None,
+                        book.gold(stage),
+                        verdict="not in the paper",
+                    )
+                )
+    for stage, metric in (
+        ("gvm", "GVM accuracy, own answers covered"),
+        ("gvm-scripted", "GVM accuracy, scripted policies only"),
+    ):
         if rows and book.seeds(f"accuracy/{stage}"):
             made = accuracy_row(book, f"accuracy/{stage}", size_name(book), "GVM", metric, "mean", None)
             rows.append({**made, "verdict": "not in the paper"})
@@ -261,10 +285,12 @@ def accuracy(book: Book) -> dict[str, Any] | None:
     """GVM beside the ScalarRM on the same held-out pairs, with both baselines."""
     where = "accuracy" if isinstance(book.recipe, AtlasRecipe) else "in-domain"
     rows = []
-    for stage, label, how in (("gvm", "GVM, mean", "mean"), ("gvm", "GVM, last", "last"), ("gvm", "GVM, Bellman backup", "bellman"),
-                              ("rm", "ScalarRM", "last")):  # fmt: skip
+    readings = (("gvm", "GVM, mean", "mean"), ("gvm", "GVM, last", "last"), ("gvm", "GVM, Bellman", "bellman"))
+    for stage, label, how in (*readings, ("rm", "ScalarRM", "last")):
         if book.seeds(f"{where}/{stage}"):
-            rows.append(accuracy_row(book, f"{where}/{stage}", size_name(book), label, "accuracy on held-out pairs", how, None))
+            rows.append(
+                accuracy_row(book, f"{where}/{stage}", size_name(book), label, "accuracy on held-out pairs", how, None)
+            )
     return {"table": "accuracy", "title": "GVM and ScalarRM", "rows": [*rows, *_baselines(book, f"{where}/gvm")]}
 
 

@@ -64,7 +64,13 @@ QUESTION_CORES = (
 QUESTION_OPENERS = ("", "hello .", "excuse me .")
 QUESTION_CLOSERS = ("", "thank you .")
 # A reader's remark after a statement, in the base model's corpus only.
-REMARKS = {"right": "right .", "wrong value": "wrong .", "wrong place": "wrong .", "beside": "idle .", "repeat": "idle ."}
+REMARKS = {
+    "right": "right .",
+    "wrong value": "wrong .",
+    "wrong place": "wrong .",
+    "beside": "idle .",
+    "repeat": "idle .",
+}
 LIST_WORDS = (",", "and", "is", "are", "the")
 """Words that filling a pattern can add, beyond names and values."""
 

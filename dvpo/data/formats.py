@@ -118,7 +118,7 @@ def _decoded(line: bytes) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(path) as table:

@@ -30,7 +30,9 @@ class Pick:
     response: int
 
 
-def preference_picks(examples: Sequence[Example], max_pairs_per_prompt: int | None, seed: int) -> list[tuple[Pick, Pick]]:
+def preference_picks(
+    examples: Sequence[Example], max_pairs_per_prompt: int | None, seed: int
+) -> list[tuple[Pick, Pick]]:
     """(better, worse) of every preference, at most so many per prompt (a seeded sample)."""
     rng = random.Random(seed)
     pairs = []
@@ -79,9 +81,7 @@ class Encoder:
         others = [p for p in self._by_policy[policy] if p.example != pick.example]
         rng = random.Random(f"{self.seed} {pick.example} {pick.response}")
         chosen = rng.sample(others, min(self.trajectory_k, len(others)))
-        return [
-            (self.examples[p.example].prompt, self.examples[p.example].responses[p.response].text) for p in chosen
-        ]
+        return [(self.examples[p.example].prompt, self.examples[p.example].responses[p.response].text) for p in chosen]
 
     def pairs(self, picks: Sequence[tuple[Pick, Pick]]) -> Iterator[EncodedPair]:
         """The encodable pairs among `picks`."""

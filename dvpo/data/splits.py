@@ -61,7 +61,7 @@ def hub_rows(name: str, split: str | None) -> Iterator[Any]:
     """The rows of one split of the hub data set owner/name@REV; every failure is an `InputError`."""
     hub_id, _, revision = name.partition("@")
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
 
         loaded = datasets.load_dataset(hub_id, revision=revision, split=split)
         if isinstance(loaded, Mapping):

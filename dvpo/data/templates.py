@@ -31,9 +31,13 @@ class LengthNotes:
         """One sentence for each limit that was met."""
         said = []
         if self.cut_responses:
-            said.append(f"{self.cut_responses} of {self.texts} responses were over the length limit and were cut (no EOS)")
+            said.append(
+                f"{self.cut_responses} of {self.texts} responses were over the length limit and were cut (no EOS)"
+            )
         if self.dropped_prompts:
-            said.append(f"{self.dropped_prompts} of {self.texts} texts were left out: their prompt is over the length limit")
+            said.append(
+                f"{self.dropped_prompts} of {self.texts} texts were left out: their prompt is over the length limit"
+            )
         return said
 
 

@@ -33,7 +33,10 @@ def mean_with_interval(
 
 
 def mean_over_seeds(
-    values: Sequence[Sequence[float]], groups: Sequence[Sequence[int]] | None = None, resamples: int = 2000, seed: int = 0
+    values: Sequence[Sequence[float]],
+    groups: Sequence[Sequence[int]] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, Interval]:
     """The mean over seeds of each seed's mean, with a 95 % interval that draws seeds first and prompts within them.
 
@@ -44,7 +47,10 @@ def mean_over_seeds(
     means = np.empty((len(values), resamples))
     for i, x in enumerate(values):
         index = np.arange(len(x)) if groups is None else np.unique(np.asarray(groups[i]), return_inverse=True)[1]
-        sums, counts = np.bincount(index, weights=np.asarray(x, dtype=np.float64)), np.bincount(index).astype(np.float64)
+        sums, counts = (
+            np.bincount(index, weights=np.asarray(x, dtype=np.float64)),
+            np.bincount(index).astype(np.float64),
+        )
         for start in range(0, resamples, 200):
             draw = rng.integers(0, sums.size, (min(200, resamples - start), sums.size))
             means[i, start : start + len(draw)] = sums[draw].sum(1) / counts[draw].sum(1)

@@ -57,7 +57,7 @@ def gae(s: Signals) -> Tensor:
 
 
 def official(s: Signals) -> Tensor:
-    """What the authors' published code computes: GAE without reward, the last step bootstrapping 0 (delta_T = -h_{T-1})."""
+    """The authors' published code: GAE without reward, the last step bootstrapping 0 (delta_T = -h_{T-1})."""
     h_B_S = _need(s.values_B_S, "values")
     after_B_T = torch.where(last_token(s.completion_mask_B_T), 0, h_B_S[:, 1:])
     return discounted_sum(s.gamma * after_B_T - h_B_S[:, :-1], s.completion_mask_B_T, s.gamma * s.lam)

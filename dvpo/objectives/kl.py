@@ -12,7 +12,7 @@ def kl_rewards(logprobs_B_T: Tensor, ref_logprobs_B_T: Tensor, mask_B_T: Tensor,
 
 
 def kl_loss(logprobs_B_T: Tensor, ref_logprobs_B_T: Tensor, mask_B_T: Tensor, count: Tensor | int) -> Tensor:
-    """The k3 estimate exp(d) - d - 1 with d = log pi_ref - log pi, which is never negative and has a gradient. A scalar."""
+    """The k3 estimate exp(d) - d - 1 with d = log pi_ref - log pi, never negative, with a gradient. A scalar."""
     d_B_T = torch.where(mask_B_T, ref_logprobs_B_T - logprobs_B_T, 0)
     return (torch.exp(d_B_T) - d_B_T - 1).sum() / count
 

@@ -9,7 +9,7 @@ from dvpo.rollout import Engine
 
 
 class TransformersEngine(Engine):
-    """Samples at a temperature from the whole distribution (no top-k, no top-p): the log-probabilities stay the policy's."""
+    """Samples at a temperature from the full distribution (no top-k, no top-p): log-probabilities stay the policy's."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float):
         self.model = model

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class OnlineTrainer:
         monitor: Monitor | None = None,
     ):  # fmt: skip
         self.settings, self.seed, self.monitor = settings, seed, monitor
-        self.algorithm = settings.algorithm
+        self.algorithm = cast(Any, settings.algorithm)  # its fields depend on its name
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
         self.tokenizer = models.load_tokenizer(start)
@@ -105,8 +105,10 @@ class OnlineTrainer:
             self.critic = models.critic_from_reward(frozen.reward, settings.lora).to(self.device)
         self.reward_scale = frozen.reward_scale
         self.kl = AdaptiveKL(settings.kl.beta, settings.kl.target, settings.kl.horizon)
-        self.optimizer = self._adamw(self.policy, settings.learning_rate)
-        self.critic_optimizer = self._adamw(self.critic, self.algorithm.critic_learning_rate) if self.critic else None
+        self.optimizer: torch.optim.Optimizer = self._adamw(self.policy, settings.learning_rate)
+        self.critic_optimizer: torch.optim.Optimizer | None = None
+        if self.critic is not None:
+            self.critic_optimizer = self._adamw(self.critic, self.algorithm.critic_learning_rate)
         self.engine = TransformersEngine(self.policy, self.tokenizer, settings.max_new_tokens, settings.temperature)
         self.prompts = self._encode(prompts)
         self.update = 0
@@ -173,8 +175,9 @@ class OnlineTrainer:
             signals = replace(signals, values_B_S=values)
             row["value"] = float(masked_mean(values[:, 1:], mask))
         else:
-            signals = replace(signals, scores_B=self._scores(texts))
-            row["score"] = float(signals.scores_B.mean())
+            scores_B = self._scores(texts)
+            signals = replace(signals, scores_B=scores_B)
+            row["score"] = float(scores_B.mean())
         if greedy:
             signals = replace(signals, greedy_scores_B=self._scores(greedy))
         if self.critic is not None:
@@ -291,8 +294,12 @@ class OnlineTrainer:
         encoded = [(p, encode_prompt(self.tokenizer, p)) for p in prompts]
         kept = [(p, ids) for p, ids in encoded if len(ids) <= self.settings.max_prompt_tokens]
         if not kept:
-            raise InputError(f"no prompt is within max_prompt_tokens={self.settings.max_prompt_tokens}; raise the limit")
-        self.said = [f"{len(encoded) - len(kept)} of {len(encoded)} prompts are over the length limit and were left out"]
+            raise InputError(
+                f"no prompt is within max_prompt_tokens={self.settings.max_prompt_tokens}; raise the limit"
+            )
+        self.said = [
+            f"{len(encoded) - len(kept)} of {len(encoded)} prompts are over the length limit and were left out"
+        ]
         return kept
 
     def _frozen_model(self, folder: Path | None, role: Any, name: str, start: Path) -> Any:

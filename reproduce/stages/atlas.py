@@ -9,8 +9,8 @@ import numpy as np
 from dvpo import models
 from dvpo.config import ModelSize, PretrainSettings
 from dvpo.data.atlas import POLICIES, Atlas, Question, build_tokenizer
-from dvpo.data.atlas_text import REMARKS
 from dvpo.data.atlas_score import Judge
+from dvpo.data.atlas_text import REMARKS
 from dvpo.data.records import Example, Message, Response, dump_examples, load_examples
 from dvpo.data.splits import check_disjoint
 from dvpo.data.templates import Encoded, encode_prompt
@@ -23,10 +23,11 @@ GENERATION_BATCH = 128
 
 
 def atlas(ctx: Context) -> dict[str, Any]:
-    """The world and its texts. Settings: world_seed, places, corpus, remarks, prompts {base, sft, reward, rl, validation, test}.
+    """The world and its texts. Settings: world_seed, places, corpus, remarks, prompts {split: how many}.
 
     Writes world.json, the tokenizer, corpus.json (documents of facts, of remarks on facts, and the `base` prompts
-    as running text with answers of all qualities and a reader's remark after every statement), and a file of examples per split: one demonstration per `sft`
+    as running text with answers of all qualities and a reader's remark after every statement), and a file of examples
+    per split: one demonstration per `sft`
     prompt by a random policy; the answers of all scripted policies, with gold scores and preferences, for `reward`,
     `validation` and `test`; bare prompts for `rl`.
     """
@@ -58,7 +59,7 @@ def atlas(ctx: Context) -> dict[str, Any]:
         "examples": {name: len(examples) for name, examples in splits.items()},
         "longer_wins": float(np.mean(longer)),
         "policy_scores": {
-            p: float(np.mean([r.score for e in test for r in e.responses if r.policy == p])) for p in POLICIES
+            p: float(np.mean([r.score or 0.0 for e in test for r in e.responses if r.policy == p])) for p in POLICIES
         },
     }
 
@@ -72,7 +73,9 @@ def base(ctx: Context) -> dict[str, Any]:
     if not (start / "tokenizer.json").exists():
         models.save(models.new_policy(tokenizer, ModelSize(**ctx.settings["size"]), ctx.seed), tokenizer, start)
     corpus = json.loads((ctx.inputs["atlas"] / "corpus.json").read_text())
-    texts = [Encoded([], [*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]) for t in corpus]
+    texts = [
+        Encoded([], [*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]) for t in corpus
+    ]
     settings = PretrainSettings(**ctx.settings["train"])
     return train_sft(start, texts, settings, ctx.out, ctx.state / "trainer", ctx.seed)
 
@@ -102,17 +105,19 @@ def coverage(ctx: Context) -> dict[str, Any]:
 
 
 def gold(ctx: Context) -> dict[str, Any]:
-    """The gold score of a policy's sampled answers. Inputs: policy, atlas. Settings: split, max_new_tokens, temperature.
+    """The gold score of a policy's sampled answers. Inputs: policy, atlas. Settings: split, and as in `sample`.
 
     Writes gold.jsonl, a row per prompt in the split's order, so that policies can be compared prompt by prompt.
     """
     prompts = [e.prompt for e in load_examples(ctx.inputs["atlas"] / f"{ctx.settings['split']}.jsonl")]
     texts = sample(ctx, ctx.inputs["policy"], prompts, 0)
     judge = _judge(ctx)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for prompt, text in zip(prompts, texts, strict=True):
         judgement = judge.judge(prompt[-1]["content"], text)
-        rows.append({"prompt": prompt[-1]["content"], "response": text, "gold": judgement.score, "words": len(text.split())})
+        rows.append(
+            {"prompt": prompt[-1]["content"], "response": text, "gold": judgement.score, "words": len(text.split())}
+        )
     with atomic_write(ctx.out / "gold.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
     mean, interval = mean_with_interval([r["gold"] for r in rows])

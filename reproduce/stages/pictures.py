@@ -15,7 +15,7 @@ ANSWERS = {
     "response 1": "Beijing is not an island. It is a city in northern China, and China is located in Asia.",
     "response 2": "Yes, Beijing is an island located in Asia. It is an island off the coast of China.",
 }
-"""The paper's question (Appendix D) with two answers of our own: one that says it is not an island, one that says it is."""
+"""The paper's question (Appendix D) with two answers of our own: it is not an island, it is."""
 
 
 def token_values(ctx: Context) -> dict[str, Any]:
@@ -58,7 +58,9 @@ def _built_in(ctx: Context) -> tuple[str, dict[str, str]]:
     for example in load_examples(ctx.inputs["data"] / f"{ctx.settings['split']}.jsonl"):
         question = example.prompt[-1]["content"]
 
-        def pick(wrong_words: int, question: str = question, responses: tuple[Response, ...] = example.responses) -> str | None:
+        def pick(
+            wrong_words: int, question: str = question, responses: tuple[Response, ...] = example.responses
+        ) -> str | None:
             for r in responses:
                 judged = judge.judge(question, r.text)
                 right = sum(s.verdict == "right" for s in judged.statements)

@@ -60,7 +60,13 @@ def gvm(ctx: Context) -> dict[str, Any]:
     )
     metrics = train_gvm(ctx.inputs["start"], texts, settings, ctx.out, ctx.state, ctx.seed)
     write_json(ctx.out / "reward_scale.json", scale)
-    return {**metrics, "texts": len(texts), "pairs": len(pairs), "said": encoder.notes.lines(), "tokens": _tokens(pairs)}
+    return {
+        **metrics,
+        "texts": len(texts),
+        "pairs": len(pairs),
+        "said": encoder.notes.lines(),
+        "tokens": _tokens(pairs),
+    }
 
 
 def reward_scale(ctx: Context) -> dict[str, Any]:
@@ -84,7 +90,9 @@ def policy(ctx: Context) -> dict[str, Any]:
     """
     from dvpo.training.policy import Frozen, OnlineTrainer
 
-    scale = json.loads((ctx.inputs["reward_scale"] / "scale.json").read_text()) if "reward_scale" in ctx.inputs else None
+    scale = (
+        json.loads((ctx.inputs["reward_scale"] / "scale.json").read_text()) if "reward_scale" in ctx.inputs else None
+    )
     frozen = Frozen(
         ctx.inputs.get("value"), ctx.inputs.get("reward"), (scale["mean"], scale["std"]) if scale else (0.0, 1.0)
     )
@@ -113,7 +121,9 @@ def gold_monitor(world: Path) -> Any:
 
 def _encoder(ctx: Context, settings: Any, examples: list[Any], trajectory_k: int = 0) -> Encoder:
     tokenizer = models.load_tokenizer(ctx.inputs["start"])
-    return Encoder(tokenizer, examples, settings.max_prompt_tokens, settings.max_response_tokens, trajectory_k, ctx.seed)
+    return Encoder(
+        tokenizer, examples, settings.max_prompt_tokens, settings.max_response_tokens, trajectory_k, ctx.seed
+    )
 
 
 def _encoded(pairs: list[Any]) -> list[EncodedPair]:

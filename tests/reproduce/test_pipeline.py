@@ -17,7 +17,19 @@ import pytest
 
 from dvpo.errors import InputError
 from reproduce import provenance
-from reproduce.pipeline import MANIFEST, Context, Job, Result, Source, Stage, Store, in_order, load_result, plan, run_job
+from reproduce.pipeline import (
+    MANIFEST,
+    Context,
+    Job,
+    Result,
+    Source,
+    Stage,
+    Store,
+    in_order,
+    load_result,
+    plan,
+    run_job,
+)
 from reproduce.stages import KINDS, Kind
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +147,10 @@ def test_the_plan_says_what_is_to_do_and_why(calls, tmp_path) -> None:
     def lines() -> list[tuple[str, str, str]]:
         return [(p.id, p.state, p.why) for p in plan([first, second], tmp_path)]
 
-    assert lines() == [("first", "to run", "no result with these settings and inputs"), ("second", "waits", "for first")]
+    assert lines() == [
+        ("first", "to run", "no result with these settings and inputs"),
+        ("second", "waits", "for first"),
+    ]
     assert not list(tmp_path.iterdir())
     assert not calls
     done = run_all(tmp_path, first)
@@ -162,7 +177,9 @@ def test_a_second_run_reuses_everything(calls, tmp_path) -> None:
     assert job is not None
     assert run_job(job, tmp_path) == done["first"].path  # another run has finished it meanwhile
     assert calls == [1, 2]
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".locks") == sorted(r.path.name for r in done.values())
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".locks") == sorted(
+        r.path.name for r in done.values()
+    )
 
 
 def test_the_manifest_says_how_it_was_made(calls, tmp_path) -> None:

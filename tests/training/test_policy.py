@@ -214,7 +214,9 @@ def test_the_first_mini_batch_has_a_ratio_of_one(make, monkeypatch, arch: str, l
     furthest: list[float] = []
     whole = policy.policy_loss
 
-    def loss(logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
+    def loss(
+        logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *rest: Any
+    ) -> Any:
         furthest.append(float(torch.where(mask, logprobs - old, 0).abs().max()))
         return whole(logprobs, old, advantages, mask, *rest)
 
@@ -239,7 +241,9 @@ def test_the_reference_of_an_adapter_is_the_adapter_switched_off(make, starts, t
             plain = response_logprobs(start, collate(r.texts, 0), 1.0)
         assert torch.allclose(r.ref_logprobs, plain, atol=1e-5)
     assert float((rollouts[-1].old_logprobs - rollouts[-1].ref_logprobs).abs().max()) > 1e-3
-    base = {n.replace(".base_layer", ""): p for n, p in weights(trainer.policy.get_base_model()).items() if "lora_" not in n}
+    base = {
+        n.replace(".base_layer", ""): p for n, p in weights(trainer.policy.get_base_model()).items() if "lora_" not in n
+    }
     assert difference(base, weights(start)) == 0
     trainer.save(tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -330,12 +334,18 @@ def test_a_trajectory_changes_what_the_value_model_reads_and_nothing_else(make, 
             patch.setattr(policy, "token_values", lambda m, b, read=read, whole=whole: (read.append(b), whole(m, b))[1])
             trainer.step()
         assert len(read) == 1
-        rows = [ids[mask.bool()].tolist() for ids, mask in zip(read[0].input_ids_B_L, read[0].attention_mask_B_L, strict=True)]
+        rows = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(read[0].input_ids_B_L, read[0].attention_mask_B_L, strict=True)
+        ]
         found[k] = (rows, rollouts[0], read[0].mask_B_S, trainer)
     plain, r, mask, trainer = found[0]
     assert plain == [t.prompt_ids + t.response_ids for t in r.texts]
     prompts = [trainer.prompts[i][0] for i in trainer._prompts_of(0)]
-    pairs = [(p, trainer.tokenizer.decode(t.response_ids, skip_special_tokens=True)) for p, t in zip(prompts, r.texts, strict=True)]
+    pairs = [
+        (p, trainer.tokenizer.decode(t.response_ids, skip_special_tokens=True))
+        for p, t in zip(prompts, r.texts, strict=True)
+    ]
     for k in (1, 2):
         rows, other, other_mask, _ = found[k]
         assert other.texts == r.texts
