@@ -36,7 +36,7 @@ test-slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow
 
 lock:
-	$(BIN)/pip freeze --exclude-editable | grep -v '^dvpo' > requirements.lock
+	$(BIN)/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's|+cpu||' > requirements.lock
 
 clean:
 	rm -rf $(VENV) runs

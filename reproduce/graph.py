@@ -105,7 +105,6 @@ def _atlas_seed(graph: Graph, r: AtlasRecipe, seed: int) -> None:
             accuracy("critic", policy, "T4", "critic")
             credit("critic", policy, "critic")
     accuracy("gvm-from-rm", gvm("gvm-from-rm", sft, covered, _target(r.gvm, "reward_model"), rm=reward), "T9")
-    accuracy("gvm-from-score", gvm("gvm-from-score", sft, covered, _target(r.gvm, "score")), "T9")
     for name, size in r.other_sizes.items():
         accuracy(f"gvm-{name}", gvm(f"gvm-{name}", sized(size, f"-{name}"), covered), "T8")
     if r.scripted:

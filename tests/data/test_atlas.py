@@ -277,13 +277,33 @@ def test_corpus_states_every_fact_and_only_facts(atlas: Atlas) -> None:
     assert len(stated) == 288
 
 
+def test_remarks_agree_with_the_facts(atlas: Atlas) -> None:
+    documents = atlas.remarks(seed=0, n=500)
+    assert len(documents) == 500
+    assert documents == atlas.remarks(seed=0, n=500) != atlas.remarks(seed=1, n=500)
+    judge, remarks = Judge(atlas.to_json()), []
+    for document in documents:
+        # Taking the remarks out leaves four sentences, each followed by its remark.
+        sentences = document.removesuffix(" .").split(" . ")
+        assert len(sentences) == 8, document
+        for sentence, remark in zip(sentences[::2], sentences[1::2], strict=True):
+            (place,) = [word for word in sentence.split() if word in atlas.facts]
+            (said,) = judge.judge(f"what is the river of {place} ?", f"{sentence} .").statements
+            assert said.place == place
+            assert remark == ("right" if atlas.facts[place][said.attribute] == said.value else "wrong"), document
+            remarks.append(remark)
+    assert remarks.count("wrong") / len(remarks) == pytest.approx(0.4, abs=0.04)
+    for wrong, only in ((0.0, "right ."), (1.0, "wrong .")):
+        assert all(d.count(only) == 4 for d in atlas.remarks(seed=0, n=20, wrong=wrong))
+
+
 def test_tokenizer_is_word_level_and_survives_saving(atlas: Atlas, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     built = build_tokenizer(atlas)
     built.save_pretrained(tmp_path)
     rng = random.Random(7)
-    texts = atlas.corpus(seed=7, n=300)
+    texts = atlas.corpus(seed=7, n=300) + atlas.remarks(seed=7, n=100)
     for question in atlas.questions(seed=7, n=200):
         texts += [question.text, *(atlas.answer(question, style, rng) for style in POLICIES.values())]
     for tokenizer in (built, AutoTokenizer.from_pretrained(tmp_path)):

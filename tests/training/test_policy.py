@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dvpo import models
-from dvpo.config import KLSettings, LoraSettings, PolicySettings
+from dvpo.config import Dvpo, KLSettings, LoraSettings, PolicySettings
 from dvpo.data.atlas import Atlas, build_tokenizer
 from dvpo.data.templates import Encoded, encode_prompt
 from dvpo.errors import InputError
@@ -43,7 +43,7 @@ def starts(checkpoints, tokenizer, tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for arch in ("llama", "gpt2"):
         model = models.load(checkpoints[arch, "policy"], "policy")
-        model.get_output_embeddings().weight.data[tokenizer.eos_token_id] *= 4
+        model.get_output_embeddings().weight.data[tokenizer.eos_token_id] *= 7
         folders[arch] = tmp_path_factory.mktemp("starts") / arch
         models.save(model, tokenizer, folders[arch])
     return folders
@@ -217,7 +217,7 @@ def test_the_first_mini_batch_has_a_ratio_of_one(make, monkeypatch, arch: str, l
     def loss(
         logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *rest: Any
     ) -> Any:
-        furthest.append(float(torch.where(mask, logprobs - old, 0).abs().max()))
+        furthest.append(float(torch.where(mask, logprobs - old, 0).detach().abs().max()))
         return whole(logprobs, old, advantages, mask, *rest)
 
     monkeypatch.setattr(policy, "policy_loss", loss)
@@ -328,7 +328,7 @@ def test_a_trajectory_changes_what_the_value_model_reads_and_nothing_else(make, 
     for k in (0, 1, 2):
         read: list[Any] = []
         whole = policy.token_values
-        trainer = make(settings(algorithm={"name": "dvpo", "trajectory_k": k}))
+        trainer = make(settings().model_copy(update={"algorithm": Dvpo(trajectory_k=k)}))
         rollouts = judged(trainer, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(policy, "token_values", lambda m, b, read=read, whole=whole: (read.append(b), whole(m, b))[1])
