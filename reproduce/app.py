@@ -74,6 +74,7 @@ def reproduce(request: Request, report: Report) -> dict[str, Any]:
     started = datetime.now(UTC)
     results = run(p.stages, p.out / "stages", p.recipe.compute.workers, p.recipe.compute.threads, report)
     write_text(p.out / "recipe.json", p.recipe.model_dump_json(indent=1) + "\n")
+    write_json(p.out / "manifests.json", {s.id: results[s.id].manifest for s in p.stages})
     made = tables.make(p.recipe, results, p.wanted, p.out)
     for table in made.tables:
         write_json(p.out / "results" / f"table_{table['table']}.json", table)

@@ -149,14 +149,14 @@ def reproduce(
 @app.command()
 def train(
     context: typer.Context,
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, rm, gvm or dpo.")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, rm, gvm, dpo or policy.")],
     config: Annotated[Path, typer.Option(metavar="FILE.yaml", help="What to train on and how; see above.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the checkpoint.")],
 ) -> None:
-    """Train one model by hand: sft, rm, gvm or dpo.
+    """Train one model by hand: sft, rm, gvm, dpo or policy.
 
     FILE.yaml holds start: DIR, data: PATH or owner/name@REV, settings: {learning_rate, batch_size, ...} and, where
-    wanted, split:, seed: (0), pairs: {per_prompt, most} and reward_model: DIR (for target: reward_model).
+    wanted, split:, seed: (0), pairs: {per_prompt, most}, reward_model: DIR and value_model: DIR.
 
     sft imitates the best responses of each prompt: those that no preference calls worse than another.
 

@@ -214,7 +214,7 @@ def run_job(job: Job, root: Path) -> Path:
             with open(path, "rb") as f:
                 os.fsync(f.fileno())
         context.out.rename(final)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     return final
 
 

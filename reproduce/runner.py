@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
@@ -37,6 +38,7 @@ def run(stages: Sequence[Stage], root: Path, workers: int, threads: int, report:
                 if job is None:
                     continue
                 if result := store.finished(job):
+                    shutil.rmtree(store.work(job), ignore_errors=True)  # left by a kill just after publishing
                     done[stage.id] = result
                     waiting.remove(stage)
                     report(stage, "reused", 0.0)

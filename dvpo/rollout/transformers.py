@@ -1,11 +1,14 @@
 """Rollouts by transformers' own `generate`, batched with a key-value cache."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dvpo.rollout import Engine
+from dvpo.values import unwrapped
 
 
 class TransformersEngine(Engine):
@@ -35,10 +38,22 @@ class TransformersEngine(Engine):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             # No autocast: it would cast every weight again for every single token.
-            rows = self.model.generate(
-                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
-            )
+            with _no_own_generation_settings(self.model):
+                rows = self.model.generate(
+                    input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
+                )
         return [self._until_eos(row) for row in rows[:, longest:].tolist()]
 
     def _until_eos(self, ids: list[int]) -> list[int]:
         return ids[: ids.index(self.eos_id) + 1] if self.eos_id in ids else ids
+
+
+@contextmanager
+def _no_own_generation_settings(model: Any) -> Iterator[None]:
+    """`generate` fills what we leave unset from the checkpoint's own settings (a repetition penalty, say)."""
+    plain = unwrapped(model)
+    own, plain.generation_config = plain.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        plain.generation_config = own

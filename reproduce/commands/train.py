@@ -18,14 +18,14 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from dvpo.config import DpoSettings, GvmSettings, RewardSettings, Settings, SftSettings, TrainSettings
+from dvpo.config import DpoSettings, GvmSettings, PolicySettings, RewardSettings, Settings, SftSettings
 from dvpo.data.formats import read
 from dvpo.data.records import Example, dump_examples
 from dvpo.errors import InputError, StageError
 from dvpo.files import sha256_json, write_json
 from reproduce.commands.common import require_checkpoint, say
 
-S = TypeVar("S", bound=TrainSettings)
+S = TypeVar("S", bound=Settings)
 _SPLIT = "train"
 
 
@@ -45,17 +45,19 @@ class TrainFile(Settings, Generic[S]):
     seed: int = 0
     pairs: Choice = Choice()
     reward_model: str | None = None
+    value_model: str | None = None
     settings: S
 
     @model_validator(mode="after")
-    def _reward_model_where_used(self) -> "TrainFile[S]":
-        needed = getattr(self.settings, "target", None) == "reward_model"
-        if needed != (self.reward_model is not None):
-            raise ValueError(
-                "target reward_model needs reward_model: DIR"
-                if needed
-                else "reward_model: is read only by target reward_model"
-            )
+    def _frozen_models_where_used(self) -> "TrainFile[S]":
+        algorithm = getattr(self.settings, "algorithm", None)
+        online = algorithm.name if algorithm else None
+        by_score = getattr(self.settings, "target", None) == "reward_model" or online in ("ppo", "remax", "grpo")
+        for name, needed in (("reward_model", by_score), ("value_model", online == "dvpo")):
+            if needed != (getattr(self, name) is not None):
+                raise ValueError(
+                    f"these settings need {name}: DIR" if needed else f"{name}: is not read here; remove it"
+                )
         return self
 
 
@@ -95,6 +97,11 @@ def compared(examples: Sequence[Example], choice: Choice, seed: int) -> list[Exa
     return list(examples)
 
 
+def prompts(examples: Sequence[Example], choice: Choice, seed: int) -> list[Example]:
+    """The examples' prompts; their responses are not used."""
+    return [replace(example, responses=(), preferences=()) for example in examples]
+
+
 def _pairs(choice: Choice) -> dict[str, Any]:
     return {"pairs": {"split": _SPLIT, **choice.model_dump()}}
 
@@ -104,6 +111,7 @@ TRAINERS: dict[str, Trainer] = {
     "rm": Trainer(TrainFile[RewardSettings], compared, _pairs),
     "gvm": Trainer(TrainFile[GvmSettings], compared, _pairs),
     "dpo": Trainer(TrainFile[DpoSettings], compared, _pairs),
+    "policy": Trainer(TrainFile[PolicySettings], prompts, lambda choice: {"split": _SPLIT}),
 }
 """By the name of the stage kind that does the work (`reproduce.stages.KINDS`)."""
 
@@ -117,8 +125,10 @@ def run(kind: str, config: Path, out: Path, debug: bool = False) -> None:
     out = out.absolute()
     require_new(out)
     require_checkpoint(file.start)
-    if file.reward_model is not None:
-        require_checkpoint(file.reward_model)
+    frozen = {"rm" if kind == "gvm" else "reward": file.reward_model, "value": file.value_model}
+    for folder in frozen.values():
+        if folder is not None:
+            require_checkpoint(folder)
     dataset = read(file.data, split=file.split)
     examples = trainer.choose(dataset.examples, file.pairs, file.seed)
     for note in dataset.notes.lines():
@@ -134,8 +144,7 @@ def run(kind: str, config: Path, out: Path, debug: bool = False) -> None:
         _begin(part, sha256_json(record))
         dump_examples(examples, part / "data" / f"{_SPLIT}.jsonl")
         inputs = {"start": Path(file.start), "data": part / "data"}
-        if file.reward_model is not None:
-            inputs["rm"] = Path(file.reward_model)
+        inputs |= {name: Path(folder) for name, folder in frozen.items() if folder is not None}
         settings = {"train": file.settings.model_dump(), **trainer.stage_settings(file.pairs)}
         context = Context(settings, file.seed, inputs, part / "out", part / "state")
         clock = time.perf_counter()
@@ -144,7 +153,7 @@ def run(kind: str, config: Path, out: Path, debug: bool = False) -> None:
         seconds = time.perf_counter() - clock
         for note in metrics["said"]:
             say(note)
-        losses = [loss for _, loss in metrics["losses"]]
+        losses = metrics["policy_losses"] if kind == "policy" else [loss for _, loss in metrics["losses"]]
         if not all(map(math.isfinite, losses)):
             raise StageError(
                 f"{kind}: the loss is not finite; lower learning_rate, or max_grad_norm, and remove {part}"

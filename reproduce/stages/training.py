@@ -103,7 +103,8 @@ def policy(ctx: Context) -> dict[str, Any]:
     log = trainer.train(ctx.state)
     trainer.save(ctx.out)
     write_json(ctx.out / "curves.json", log)
-    return {"last": log[-1], "updates": len(log), "said": trainer.said}
+    losses = [row["policy_loss"] for row in log]
+    return {"last": log[-1], "updates": len(log), "policy_losses": losses, "said": trainer.said}
 
 
 def gold_monitor(world: Path) -> Any:

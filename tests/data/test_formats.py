@@ -423,7 +423,7 @@ def test_a_folder(tmp_path: Path) -> None:
     assert len(everything.examples) == 3 and everything.digest != train.digest
     assert [e.origin for e in train.examples] == ["train-00000-of-00002.jsonl:1", "train-00001-of-00002.jsonl:1"]
     assert read(tmp_path, split="test").digest == sha256_file(tmp_path / "test.jsonl")
-    with pytest.raises(InputError, match='no data files .* with "valid" .*there: test.jsonl, train-0'):
+    with pytest.raises(InputError, match=r'no data files .* with "valid" .*there: test\.jsonl, train-0'):
         read(tmp_path, split="valid")
     write(tmp_path / "test.jsonl", GROUP, "{")
     with pytest.raises(InputError, match=r"^test\.jsonl:2: .*: train-00000-of-00002\.jsonl:1, train-00001"):
@@ -436,7 +436,7 @@ def test_ambiguous_and_empty_folders(tmp_path: Path) -> None:
     write(tmp_path / "train_sft.jsonl", PAIR)
     write(tmp_path / "train_prefs.jsonl", PAIR)
     assert read(tmp_path).notes.duplicates == 1
-    with pytest.raises(InputError, match="ambiguous: train_prefs.jsonl, train_sft.jsonl"):
+    with pytest.raises(InputError, match=r"ambiguous: train_prefs\.jsonl, train_sft\.jsonl"):
         read(tmp_path, split="train")
     (tmp_path / "train_sft.jsonl.gz").write_bytes(gzip.compress(b"{}"))
     with pytest.raises(InputError, match="ambiguous"):
