@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.config import GvmSettings, Settings
+from dvpo.data.splits import is_hub_id
 from dvpo.errors import InputError
 from reproduce.pipeline import Source, Stage, in_order
 from reproduce.recipe import AtlasRecipe, DataRecipe
@@ -137,8 +138,15 @@ def data_graph(r: DataRecipe, data: str | None) -> Graph:
     """Value models and a policy of a real language model."""
     if r.model is None:
         raise InputError(f"recipe {r.name} needs a model: add --set model=FOLDER (a checkpoint folder)")
+    if not Path(r.model).is_dir():
+        raise InputError(f"{r.model}: no such checkpoint folder; name one with --set model=FOLDER")
     if data is None:
         raise InputError(f"recipe {r.name} needs preference data: add --data PATH (or HUB_ID@REVISION)")
+    if not Path(data).exists() and not is_hub_id(data):
+        raise InputError(f"{data}: no such file or folder, and not a hub id with a revision (owner/name@REV)")
+    for name, path in r.other_data.items():
+        if not Path(path).exists():
+            raise InputError(f"other_data.{name}: {path}: no such file or folder")
     graph = Graph()
     hub = None if Path(data).exists() else data
     start, source = Source(Path(r.model)), {} if hub else {"data": Source(Path(data))}
@@ -151,7 +159,9 @@ def _data_seed(graph: Graph, r: DataRecipe, seed: int, start: Source, hub: str |
     def stage(name: str, kind: str, settings: dict[str, Any], wanted: str = "", **inputs: Any) -> Stage:
         return graph.add(Stage(f"seed{seed}/{name}", kind, settings, inputs, seed), *wanted.split())
 
-    data = stage("data", "preferences", {"hub": hub, "split": r.train_split, "shares": r.shares}, **source)
+    one_file = not hub and source["data"].path.is_file()
+    split = None if one_file else r.train_split
+    data = stage("data", "preferences", {"hub": hub, "split": split, "shares": r.shares}, **source)
     pairs = _json(r.pairs)
     trained = {
         "gvm": stage("gvm", "gvm", {"train": _json(r.gvm), "pairs": pairs}, start=start, data=data),
@@ -163,7 +173,7 @@ def _data_seed(graph: Graph, r: DataRecipe, seed: int, start: Source, hub: str |
     measure = {"format": "raw", "trajectory_k": 0, **_json(r.measure)}
     for name, model in trained.items():
         wanted = {"gvm": "T3 T4 T8 T9", "rm": "T3"}.get(name, "T9")
-        if not hub:
+        if not hub and not one_file:
             stage(f"in-domain/{name}", "pairwise", {**measure, "split": r.eval_split}, wanted, model=model, **source)
         for other, path in r.other_data.items():
             settings = {**measure, "split": None, "most": r.other_most}

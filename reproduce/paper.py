@@ -9,7 +9,7 @@ and "any" where the entry holds for all. A change row has the method "change".
 import functools
 import json
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 
@@ -70,6 +70,6 @@ def notes(table: int) -> list[str]:
 @functools.cache
 def _numbers() -> dict[str, list[dict[str, Any]]]:
     """The file, read once."""
-    text = resources.files("reproduce").joinpath("paper_numbers.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("paper_numbers.json").read_text(encoding="utf-8")
     document: dict[str, list[dict[str, Any]]] = json.loads(text)
     return document

@@ -1,6 +1,5 @@
 """Recipes: one YAML each, validated; unknown keys are errors."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +17,8 @@ from dvpo.config import (
     SftSettings,
 )
 from dvpo.errors import InputError
+
+FOLDER = Path(__file__).parent / "recipes"
 
 
 class Compute(Settings):
@@ -131,8 +132,7 @@ Recipe = Annotated[AtlasRecipe | DataRecipe, Field(discriminator="world")]
 
 def names() -> list[str]:
     """The built-in recipes."""
-    folder = resources.files("reproduce") / "recipes"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load(name_or_file: str, overrides: tuple[str, ...] = ()) -> AtlasRecipe | DataRecipe:
@@ -143,7 +143,7 @@ def load(name_or_file: str, overrides: tuple[str, ...] = ()) -> AtlasRecipe | Da
             raise InputError(f"{path}: no such recipe file")
         text = path.read_text(encoding="utf-8", errors="replace")
     elif name_or_file in names():
-        text = (resources.files("reproduce") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+        text = (FOLDER / f"{name_or_file}.yaml").read_text(encoding="utf-8")
     else:
         raise InputError(
             f"there is no recipe {name_or_file!r}; choose one of {', '.join(names())} or name a .yaml file"
@@ -164,7 +164,8 @@ def load(name_or_file: str, overrides: tuple[str, ...] = ()) -> AtlasRecipe | Da
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"][1:]) or "world"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise InputError(f"recipe {name_or_file}: {place}: {first['msg']}{more}") from error
+        what = "unknown key; remove it or mend its name" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InputError(f"recipe {name_or_file}: {place}: {what}{more}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:

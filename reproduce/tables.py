@@ -45,11 +45,13 @@ def make(recipe: AtlasRecipe | DataRecipe, results: dict[str, Result], wanted: s
 
     book = Book(recipe, results)
     made = Made()
-    for maker in (table_1, table_4, table_5, table_7, table_8, table_9, credit, coverage, accuracy):
-        table = maker(book)
+    makers = {"T1": table_1, "T3": accuracy, "T4": table_4, "T5": table_5, "T7": table_7, "T8": table_8, "T9": table_9}
+    for name, maker in (makers | {"credit": credit, "coverage": coverage}).items():
+        table = maker(book) if wanted is None or name in wanted else None
         if table and table["rows"]:
             made.tables.append({"recipe": recipe.name, **table})
-    made.figures = drawn.figures(book, out / "figures")
+    shown = drawn.figures(book, out / "figures")
+    made.figures = [f for f in shown if wanted is None or f"F{f['figure']}" in wanted]
     made.findings = findings(book)
     made.not_run = [
         "Tables 1 and 2 on MT-Bench, Arena-Hard and AlpacaEval 2, Table 3 on RewardBench, Table 10, Figure 2: not run.",

@@ -300,8 +300,8 @@ class TestTrainConfig:
             (GOOD + "pairs: {most: 0}\n", ("pairs.most", "greater than or equal to 1")),
             (GOOD.replace("batch_size: 2", "batch_size: 2, lr: 1"), ("settings.lr: unknown key",)),
             (GOOD.replace("2e-5", "fast"), ("settings.learning_rate", "number")),
-            (GOOD.replace("batch_size: 2", "batch_size: 2, target: reward_model"), ("needs reward_model",)),
-            (GOOD + "reward_model: there\n", ("only by target reward_model",)),
+            (GOOD.replace("batch_size: 2", "batch_size: 2, target: reward_model"), ("need reward_model",)),
+            (GOOD + "reward_model: there\n", ("reward_model: is not read here",)),
         ],
     )
     def test_wrong_files(self, command: Any, tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
