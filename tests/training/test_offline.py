@@ -142,7 +142,7 @@ def test_micro_batches_change_nothing(checkpoints, labelled, tmp_path, lengths: 
         done = train_gvm(checkpoints["llama", "value"], rows, settings, out, tmp_path / f"state-{micro}", 0)
         losses[micro] = [loss for _, loss in done["losses"]]
     assert losses[1] == pytest.approx(losses[8], abs=2e-4)
-    assert largest_difference(tmp_path / "out-1", tmp_path / "out-8") <= 1e-6
+    assert largest_difference(tmp_path / "out-1", tmp_path / "out-8") <= 5e-6
 
 
 def test_gvm_gradients_ignore_the_prompt_and_the_padding(checkpoints, texts) -> None:
