@@ -94,7 +94,7 @@ def policy_run(book: "Book", folder: Path) -> dict[str, Any] | None:
     }
     files = draw.small_curves(panels, folder / "policy_run")
     caption = "DVPO against the frozen GVM: mean Q of the rollouts, KL to the start, and length."
-    return {"figure": "policy run", "title": "A DVPO run", "caption": caption, "files": list(files)}
+    return {"figure": 4, "title": "A DVPO run", "caption": caption, "files": list(files)}
 
 
 def lemma(book: "Book", folder: Path) -> dict[str, Any] | None:
