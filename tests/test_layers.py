@@ -15,7 +15,7 @@ PACKAGE = Path(dvpo.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
     {"objectives", "data", "config", "files", "errors", "models"},
-    {"values", "rollout"},
+    {"values", "packed_values", "rollout"},
     {"training", "evaluation", "integrations"},
 ]
 MOST_LINES = 420
