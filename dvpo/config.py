@@ -65,9 +65,17 @@ class SftSettings(TrainSettings):
     """Supervised fine-tuning; the loss is on the response only."""
 
 
-class PretrainSettings(SftSettings):
-    """Training the tiny base model from random weights. A short memory of squared gradients learns sooner."""
+class PretrainSettings(TrainSettings):
+    """Training the tiny base model from random weights, on every text once and in order.
 
+    Weight matrices of the layers go by Muon, which learns in a fraction of AdamW's steps; the rest by AdamW at
+    `learning_rate`. A short memory of squared gradients (beta2) learns sooner. The rates are constant but for the last
+    `decay` of the steps, over which they fall to zero.
+    """
+
+    schedule: Literal["warmup_stable_decay"] = "warmup_stable_decay"  # type: ignore[assignment]
+    decay: float = Field(0.3, ge=0, le=1)
+    muon_learning_rate: float = Field(0.02, gt=0)
     adam_beta2: float = Field(0.95, gt=0, lt=1)
 
 

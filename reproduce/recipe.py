@@ -47,11 +47,10 @@ class Measure(Settings):
 
 
 class World(Settings):
-    """The built-in world: places, documents of facts and of remarks, prompts of every split."""
+    """The built-in world: places, one-line lessons for the base model, prompts of every split."""
 
     places: int = Field(ge=2)
-    corpus: int = Field(ge=0)
-    remarks: int = Field(ge=0)
+    lessons: int = Field(ge=0)
     prompts: dict[Literal["base", "sft", "reward", "rl", "validation", "test"], int]
 
 

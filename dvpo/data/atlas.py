@@ -42,7 +42,7 @@ class Style:
 
     `wrong_value`, `wrong_place` and `omit` are drawn for each asked attribute (at least one is always answered);
     `repeat` and `beside` are each drawn up to `MOST_EXTRA` times per answer; `opener`, `closer`, `curt` and `shuffle`
-    once per answer; `hedge` and `verbal` (a verb in place of the attribute's name) for each statement not curt.
+    once per answer; `hedge` for each statement not curt.
     """
 
     wrong_value: float = 0.0
@@ -54,21 +54,23 @@ class Style:
     closer: float = 0.0
     curt: float = 0.0
     hedge: float = 0.0
-    verbal: float = 0.0
     shuffle: float = 0.25
 
 
 POLICIES: dict[str, Style] = {
-    "scholar": Style(wrong_value=0.03, omit=0.02, beside=0.06, opener=0.35, closer=0.35, hedge=0.05, verbal=0.0),
+    "scholar": Style(wrong_value=0.03, omit=0.02, beside=0.06, opener=0.35, closer=0.35, hedge=0.05),
     "clerk": Style(wrong_value=0.08, wrong_place=0.02, omit=0.05, repeat=0.05, closer=0.2, curt=0.5),
-    "rambler": Style(
-        wrong_value=0.15, wrong_place=0.05, repeat=0.1, beside=0.5, opener=0.4, closer=0.3, hedge=0.25, verbal=0.0
-    ),
+    "rambler": Style(wrong_value=0.15, wrong_place=0.05, repeat=0.1, beside=0.5, opener=0.4, closer=0.3, hedge=0.25),
     "guesser": Style(wrong_value=0.65, wrong_place=0.07, omit=0.08, opener=0.3, closer=0.2, curt=0.15, hedge=0.35),
-    "hasty": Style(wrong_value=0.25, wrong_place=0.05, omit=0.4, closer=0.05, curt=0.25, verbal=0.0, shuffle=0.5),
-    "parrot": Style(wrong_value=0.12, wrong_place=0.25, omit=0.05, repeat=0.5, opener=0.3, curt=0.15, verbal=0.0),
+    "hasty": Style(wrong_value=0.25, wrong_place=0.05, omit=0.4, closer=0.05, curt=0.25, shuffle=0.5),
+    "parrot": Style(wrong_value=0.12, wrong_place=0.25, omit=0.05, repeat=0.5, opener=0.3, curt=0.15),
 }
 """Scripted policies, from careful to careless. Their lengths are set so that length says little about quality."""
+
+WEB = Style(
+    wrong_value=0.25, wrong_place=0.25, omit=0.15, repeat=0.2, beside=0.25, opener=0.2, closer=0.2, curt=0.25, hedge=0.2
+)
+"""The answers in the base model's corpus: every fault is common there."""
 
 
 @dataclass(frozen=True)
@@ -166,41 +168,22 @@ class Atlas:
             sentences.append(rng.choice(words.CLOSERS))
         return " ".join(sentences)
 
-    def corpus(self, seed: int, n: int) -> list[str]:
-        """`n` short documents of plain text: true statements on one place or one attribute, and questions.
+    def lessons(self, seed: int, n: int) -> list[str]:
+        """`n` one-line documents: a place, a statement, and a reader's remark that it is right or wrong.
 
-        Every fact is stated once the documents that are not questions are as many as the facts.
+        Half of them are wrong: a false value, or a statement on another place.
         """
-        rng = random.Random(seed)
-        facts = [_Claim(place, name, value) for place, known in self.facts.items() for name, value in known.items()]
-        rng.shuffle(facts)
-        documents: list[str] = []
-        stated = 0
-        for _ in range(n):
-            if rng.random() < 0.15:
-                documents.append(" ".join(self._any_question(rng).text for _ in range(rng.randint(1, 3))))
-            else:
-                # Each document is built around the next fact in turn, so that none is left out.
-                documents.append(self._document(facts[stated % len(facts)], rng))
-                stated += 1
-        return documents
-
-    def remarks(self, seed: int, n: int, wrong: float = 0.4) -> list[str]:
-        """`n` documents of four statements, a share of them wrong, each followed by a reader's remark on it.
-
-        They stand for what a large language model reads of right and wrong on the web. Without them a model of this
-        size needs many times the training to tell a wrong value from a right one.
-        """
-        rng, style = random.Random(seed), Style(wrong_value=wrong)
+        rng, style = random.Random(seed), Style(wrong_value=0.25, wrong_place=0.25, hedge=0.1)
         documents = []
         for _ in range(n):
-            said = []
-            for _ in range(4):
-                place = rng.choice(self.places)
-                claim = self._claim(place, rng.choice(words.ATTRIBUTES), style, rng)
-                verdict = "right" if self.facts[place][claim.attribute] == claim.value else "wrong value"
-                said += [self._say(claim, place, False, style, rng), words.REMARKS[verdict]]
-            documents.append(" ".join(said))
+            place, attribute = rng.choice(self.places), rng.choice(words.ATTRIBUTES)
+            claim = self._claim(place, attribute, style, rng)
+            if claim.place != place:
+                verdict = "wrong place"
+            else:
+                verdict = "right" if claim.value == self.facts[place][attribute] else "wrong value"
+            said = self._say(claim, place, rng.random() < 0.3, style, rng)
+            documents.append(f"{words.TOPIC.format(p=place)} {said} {words.REMARKS[verdict]}")
         return documents
 
     def _question_count(self, asked: int) -> int:
@@ -222,10 +205,6 @@ class Atlas:
         parts = (words.QUESTION_OPENERS[opener], body, words.QUESTION_CLOSERS[closer])
         return Question(" ".join(part for part in parts if part), self.places[place], tuple(attributes))
 
-    def _any_question(self, rng: random.Random) -> Question:
-        asked = rng.randint(1, MOST_ASKED)
-        return self._question(asked, rng.randrange(self._question_count(asked)))
-
     def _claim(self, place: str, attribute: str, style: Style, rng: random.Random) -> _Claim:
         """What a policy says on one asked attribute: the truth, another place's fact, or a false value."""
         draw = rng.random()
@@ -242,33 +221,11 @@ class Atlas:
         if curt:
             form = words.CURT_FORM if claim.place == implied else words.CURT_FORM_WITH_PLACE
             return form.format(a=claim.attribute, p=claim.place, v=claim.value)
-        forms = words.VERB_FORMS[claim.attribute] if rng.random() < style.verbal else words.PLAIN_FORMS
-        form = rng.choice(forms)
-        # "a mild place" has an article of its own; only values that are things take "the".
+        form = rng.choice(words.PLAIN_FORMS)
+        # Only values that are things take "the".
         value = f"the {claim.value}" if claim.attribute in words.TAKES_ARTICLE else claim.value
         sentence = form.format(a=claim.attribute, p=claim.place, v=value)
         return f"{rng.choice(words.HEDGES)} {sentence}" if rng.random() < style.hedge else sentence
-
-    def _document(self, first: _Claim, rng: random.Random) -> str:
-        """Several true statements: on the place of `first`, or on its attribute over several places."""
-        style = Style(hedge=0.1, verbal=0.0)
-        if rng.random() < 0.65:
-            known = self.facts[first.place]
-            names = rng.sample(_others((first.attribute,)), rng.randint(2, 4))
-            claims = [first, *(_Claim(first.place, name, known[name]) for name in names)]
-        else:
-            places = rng.sample([place for place in self.places if place != first.place], min(3, len(self.places) - 1))
-            others = [_Claim(place, first.attribute, self.facts[place][first.attribute]) for place in places]
-            claims = [first, *others]
-        rng.shuffle(claims)
-        curt = rng.random() < 0.3
-        one_place = len({claim.place for claim in claims}) == 1
-        # A curt list says once which place it is about; over several places each line has to name its own.
-        implied = first.place if curt and one_place else ""
-        sentences = [self._say(claim, implied, curt, style, rng) for claim in claims]
-        if implied:
-            sentences.insert(0, words.TOPIC.format(p=implied))
-        return " ".join(sentences)
 
 
 def build_tokenizer(atlas: Atlas) -> "PreTrainedTokenizerFast":

@@ -27,14 +27,6 @@ PLAIN_FORMS = (
     "the {a} of {p} is {v} .",
     "in {p} the {a} is {v} .",
 )
-VERB_FORMS: dict[str, tuple[str, ...]] = {
-    "river": ("{p} lies on {v} .",),
-    "climate": ("the weather in {p} is {v} .",),
-    "export": ("{p} sells {v} .",),
-    "language": ("people in {p} speak {v} .",),
-    "ruler": ("{p} is ruled by {v} .",),
-    "landmark": ("visitors to {p} see {v} .",),
-}
 CURT_FORM = "{a} : {v} ."
 """Leaves the place out: it is the one asked about, or the one a TOPIC named."""
 CURT_FORM_WITH_PLACE = "{a} of {p} : {v} ."
@@ -91,5 +83,4 @@ def common_words() -> set[str]:
     """Every word of the patterns and phrases above; placeholders are left out."""
     phrases = [*PLAIN_FORMS, CURT_FORM, CURT_FORM_WITH_PLACE, TOPIC, *HEDGES, ADDING, REPEATING, *OPENERS, *CLOSERS]
     phrases += [*QUESTION_CORES, *QUESTION_OPENERS, *QUESTION_CLOSERS, *LIST_WORDS, *REMARKS.values()]
-    phrases += [form for forms in VERB_FORMS.values() for form in forms]
     return {word for phrase in phrases for word in phrase.split() if not word.startswith("{")}

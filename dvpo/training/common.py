@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from dvpo.config import PretrainSettings, TrainSettings
+from dvpo.config import TrainSettings
 
 
 class ListDataset(torch.utils.data.Dataset):
@@ -39,7 +39,6 @@ def argument_values(settings: TrainSettings, state: Path, seed: int) -> dict[str
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "weight_decay": settings.weight_decay,
-        "adam_beta2": settings.adam_beta2 if isinstance(settings, PretrainSettings) else 0.999,
         "max_grad_norm": settings.max_grad_norm,
         "bf16": settings.bf16,
         "gradient_checkpointing": settings.gradient_checkpointing,

@@ -8,12 +8,12 @@ import numpy as np
 
 from dvpo import models
 from dvpo.config import ModelSize, PretrainSettings
-from dvpo.data.atlas import POLICIES, Atlas, Question, build_tokenizer
+from dvpo.data.atlas import POLICIES, WEB, Atlas, Question, build_tokenizer
 from dvpo.data.atlas_score import Judge
-from dvpo.data.atlas_text import REMARKS
+from dvpo.data.atlas_text import ASSISTANT, EOS, REMARKS, USER
 from dvpo.data.records import Example, Message, Response, dump_examples, load_examples
 from dvpo.data.splits import check_disjoint
-from dvpo.data.templates import Encoded, encode_prompt
+from dvpo.data.templates import encode_prompt
 from dvpo.evaluation.intervals import mean_with_interval
 from dvpo.files import atomic_write, write_json
 from dvpo.rollout.transformers import TransformersEngine
@@ -23,13 +23,12 @@ GENERATION_BATCH = 128
 
 
 def atlas(ctx: Context) -> dict[str, Any]:
-    """The world and its texts. Settings: world_seed, places, corpus, remarks, prompts {split: how many}.
+    """The world and its texts. Settings: world_seed, places, lessons, prompts {split: how many}.
 
-    Writes world.json, the tokenizer, corpus.json (documents of facts, of remarks on facts, and the `base` prompts
-    as running text with answers of all qualities and a reader's remark after every statement), and a file of examples
-    per split: one demonstration per `sft`
-    prompt by a random policy; the answers of all scripted policies, with gold scores and preferences, for `reward`,
-    `validation` and `test`; bare prompts for `rl`.
+    Writes world.json, the tokenizer, corpus.json (the base model's documents in the order of training: first the
+    one-line lessons, then a conversation for every `base` prompt, with a reader's remark after every statement), and a
+    file of examples per split: one demonstration per `sft` prompt by a random policy; the answers of all scripted
+    policies, with gold scores and preferences, for `reward`, `validation` and `test`; bare prompts for `rl`.
     """
     s = ctx.settings
     world = Atlas.build(s["world_seed"], s["places"])
@@ -44,10 +43,8 @@ def atlas(ctx: Context) -> dict[str, Any]:
         if name != "base":
             dump_examples(splits[name], ctx.out / f"{name}.jsonl")
     check_disjoint(splits)
-    crawl = [_crawled(judge, e) for e in splits.pop("base")]
-    write_json(
-        ctx.out / "corpus.json", world.corpus(ctx.seed, s["corpus"]) + world.remarks(ctx.seed, s["remarks"]) + crawl
-    )
+    conversations = [_with_remarks(judge, e) for e in splits.pop("base")]
+    write_json(ctx.out / "corpus.json", world.lessons(ctx.seed, s["lessons"]) + conversations)
     test = splits["test"]
     longer = [
         (len(a.text) > len(b.text)) + 0.5 * (len(a.text) == len(b.text))
@@ -66,18 +63,16 @@ def atlas(ctx: Context) -> dict[str, Any]:
 
 def base(ctx: Context) -> dict[str, Any]:
     """Pretrains a model from random weights on the world's corpus. Input: atlas. Settings: size, train."""
-    from dvpo.training.sft import train_sft
+    from dvpo.training.pretrain import pretrain
 
     tokenizer = models.load_tokenizer(ctx.inputs["atlas"] / "tokenizer")
     start = ctx.state / "start"
     if not (start / "tokenizer.json").exists():
         models.save(models.new_policy(tokenizer, ModelSize(**ctx.settings["size"]), ctx.seed), tokenizer, start)
     corpus = json.loads((ctx.inputs["atlas"] / "corpus.json").read_text())
-    texts = [
-        Encoded([], [*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]) for t in corpus
-    ]
+    texts = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in corpus]
     settings = PretrainSettings(**ctx.settings["train"])
-    return train_sft(start, texts, settings, ctx.out, ctx.state / "trainer", ctx.seed)
+    return pretrain(start, texts, settings, ctx.out, ctx.state / "trainer", ctx.seed)
 
 
 def coverage(ctx: Context) -> dict[str, Any]:
@@ -144,18 +139,18 @@ def _judge(ctx: Context) -> Judge:
 
 def _answered(world: Atlas, judge: Judge, question: Question, split: str, i: int, rng: random.Random) -> Example:
     prompt = ({"role": "user", "content": question.text},)
-    one = rng.choice(sorted(POLICIES))
-    names = {"rl": [], "sft": [one], "base": [one]}.get(split, sorted(POLICIES))
-    responses = [_scored(judge, prompt, world.answer(question, POLICIES[name], rng), name) for name in names]
+    styles = {"web": WEB} if split == "base" else POLICIES
+    names = {"rl": [], "sft": [rng.choice(sorted(POLICIES))]}.get(split, sorted(styles))
+    responses = [_scored(judge, prompt, world.answer(question, styles[name], rng), name) for name in names]
     return _with_preferences(prompt, responses, f"atlas:{split}:{i}")
 
 
-def _crawled(judge: Judge, example: Example) -> str:
-    """A question and an answer as running text, with a reader's remark after every statement."""
+def _with_remarks(judge: Judge, example: Example) -> str:
+    """A question and its answer as a conversation, with a reader's remark after every statement."""
     question, answer = example.prompt[0]["content"], example.responses[0].text.split()
     for statement in reversed(judge.judge(question, example.responses[0].text).statements):
         answer[statement.end : statement.end] = REMARKS[statement.verdict].split()
-    return " ".join([question, *answer])
+    return f"{USER} {question} {EOS} {ASSISTANT} {' '.join(answer)}"
 
 
 def _scored(judge: Judge, prompt: tuple[Message, ...], text: str, policy: str) -> Response:

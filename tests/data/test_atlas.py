@@ -169,10 +169,9 @@ def test_judge_reads_every_generated_answer(atlas: Atlas) -> None:
 
 
 @pytest.mark.parametrize("curt", [0.0, 1.0])
-@pytest.mark.parametrize("verbal", [0.0, 1.0])
-def test_answers_without_faults_have_full_score(atlas: Atlas, curt: float, verbal: float) -> None:
+def test_answers_without_faults_have_full_score(atlas: Atlas, curt: float) -> None:
     judge, rng = Judge(atlas.to_json()), random.Random(2)
-    style = Style(opener=0.5, closer=0.5, curt=curt, hedge=0.5, verbal=verbal)
+    style = Style(opener=0.5, closer=0.5, curt=curt, hedge=0.5)
     for question in atlas.questions(seed=2, n=300):
         judgement = judge.judge(question.text, atlas.answer(question, style, rng))
         assert judgement.score == 1.0
@@ -263,38 +262,22 @@ def test_broken_atlas_is_an_input_error(broken: dict[str, Any]) -> None:
         Atlas.from_json(broken)
 
 
-def test_corpus_states_every_fact_and_only_facts(atlas: Atlas) -> None:
-    documents = atlas.corpus(seed=0, n=2000)
+def test_lessons_agree_with_the_facts(atlas: Atlas) -> None:
+    documents = atlas.lessons(seed=0, n=2000)
     assert len(documents) == 2000
-    assert documents == atlas.corpus(seed=0, n=2000)
-    judge, stated = Judge(atlas.to_json()), set()
+    assert documents == atlas.lessons(seed=0, n=2000) != atlas.lessons(seed=1, n=2000)
+    judge, remarks, right = Judge(atlas.to_json()), [], set()
     for document in documents:
-        named = [place for place in document.split() if place in atlas.facts]
-        judgement = judge.judge(f"what is the river of {named[0]} ?", document)
-        for statement in judgement.statements:
-            assert atlas.facts[statement.place][statement.attribute] == statement.value, document
-            stated.add((statement.place, statement.attribute))
-    assert len(stated) == 288
-
-
-def test_remarks_agree_with_the_facts(atlas: Atlas) -> None:
-    documents = atlas.remarks(seed=0, n=500)
-    assert len(documents) == 500
-    assert documents == atlas.remarks(seed=0, n=500) != atlas.remarks(seed=1, n=500)
-    judge, remarks = Judge(atlas.to_json()), []
-    for document in documents:
-        # Taking the remarks out leaves four sentences, each followed by its remark.
-        sentences = document.removesuffix(" .").split(" . ")
-        assert len(sentences) == 8, document
-        for sentence, remark in zip(sentences[::2], sentences[1::2], strict=True):
-            (place,) = [word for word in sentence.split() if word in atlas.facts]
-            (said,) = judge.judge(f"what is the river of {place} ?", f"{sentence} .").statements
-            assert said.place == place
-            assert remark == ("right" if atlas.facts[place][said.attribute] == said.value else "wrong"), document
-            remarks.append(remark)
-    assert remarks.count("wrong") / len(remarks) == pytest.approx(0.4, abs=0.04)
-    for wrong, only in ((0.0, "right ."), (1.0, "wrong .")):
-        assert all(d.count(only) == 4 for d in atlas.remarks(seed=0, n=20, wrong=wrong))
+        _, topic, _, rest = document.split(" ", 3)
+        statement, remark = rest.removesuffix(" .").rsplit(" . ", 1)
+        # A curt statement leaves the place out; the topic line is part of what is judged.
+        (said,) = judge.judge(f"what is the river of {topic} ?", f"about {topic} : {statement} .").statements
+        true = said.place == topic and atlas.facts[topic][said.attribute] == said.value
+        assert remark == ("right" if true else "wrong"), document
+        remarks.append(remark)
+        right |= {(topic, said.attribute)} if true else set()
+    assert remarks.count("wrong") / len(remarks) == pytest.approx(0.5, abs=0.04)
+    assert len(right) > 250  # of 288 facts
 
 
 def test_tokenizer_is_word_level_and_survives_saving(atlas: Atlas, tmp_path: Path) -> None:
@@ -303,7 +286,7 @@ def test_tokenizer_is_word_level_and_survives_saving(atlas: Atlas, tmp_path: Pat
     built = build_tokenizer(atlas)
     built.save_pretrained(tmp_path)
     rng = random.Random(7)
-    texts = atlas.corpus(seed=7, n=300) + atlas.remarks(seed=7, n=100)
+    texts = atlas.lessons(seed=7, n=400)
     for question in atlas.questions(seed=7, n=200):
         texts += [question.text, *(atlas.answer(question, style, rng) for style in POLICIES.values())]
     for tokenizer in (built, AutoTokenizer.from_pretrained(tmp_path)):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from dvpo import models
-from dvpo.config import DpoSettings, GvmSettings, LoraSettings, RewardSettings, SftSettings
+from dvpo.config import DpoSettings, GvmSettings, LoraSettings, PretrainSettings, RewardSettings, SftSettings
 from dvpo.data.pairs import EncodedPair, Encoder, Pick, preference_picks
 from dvpo.data.records import Example
 from dvpo.data.templates import Encoded
@@ -21,6 +21,8 @@ from dvpo.training.common import last_checkpoint
 from dvpo.training.dpo import train_dpo
 from dvpo.training.gvm import GvmTrainer, ValueText, train_gvm
 from dvpo.training.gvm_data import encodable_pairs, value_texts
+from dvpo.training.muon import MuonWithAdamW
+from dvpo.training.pretrain import pretrain
 from dvpo.training.reward import train_reward
 from dvpo.training.sft import train_sft
 from dvpo.values import collate, score_all, sequence_scores, token_values
@@ -292,3 +294,49 @@ def test_most_pairs_are_the_first_that_fit(tokenizer, examples) -> None:
     fitting = [p for p in picks if len(encoder.text(p[0]).prompt_ids) <= 14]
     assert 0 < len(fitting) < len(picks)
     assert [(better[0], worse[0]) for better, worse in encodable_pairs(short, picks, None)] == fitting
+
+
+def test_every_weight_is_in_one_part_of_the_optimizer(checkpoints) -> None:
+    model = models.load(checkpoints["llama", "policy"], "policy")
+    optimizer = MuonWithAdamW(model, 0.02, 1e-3, 0.95)
+    muon, adam = ({id(p) for g in part.param_groups for p in g["params"]} for part in optimizer.parts)
+    assert not muon & adam
+    assert muon | adam == {id(p) for p in model.parameters()}
+    assert {id(p) for n, p in model.named_parameters() if "_proj" in n} == muon
+
+
+def test_a_schedule_reaches_both_parts_also_after_loading(checkpoints) -> None:
+    model = models.load(checkpoints["llama", "policy"], "policy")
+    optimizer = MuonWithAdamW(model, 0.02, 1e-3, 0.95)
+    optimizer.load_state_dict(optimizer.state_dict())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    optimizer.step()
+    scheduler.step()
+    assert [part.param_groups[0]["lr"] for part in optimizer.parts] == [0.01, 0.0005]
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True) if b.grad.any())
+
+
+def test_pretraining_learns_and_resumes_to_the_same_bytes(checkpoints, texts, tmp_path, monkeypatch) -> None:
+    rows = [t.prompt_ids + t.response_ids for t in texts] * 2
+    settings = PretrainSettings(learning_rate=4e-3, batch_size=4, epochs=4, save_steps=4, log_steps=2)
+    start = checkpoints["llama", "policy"]
+    whole = pretrain(start, rows, settings, tmp_path / "whole", tmp_path / "a", 0)["losses"]
+    assert whole[-1][1] < 0.7 * whole[0][1]
+    import transformers
+
+    saves = transformers.Trainer._save_checkpoint
+
+    def die_after_the_second(self, *args, **kwargs):
+        saves(self, *args, **kwargs)
+        if self.state.global_step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "_save_checkpoint", die_after_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(start, rows, settings, tmp_path / "cut", tmp_path / "b", 0)
+    resumed = pretrain(start, rows, settings, tmp_path / "cut", tmp_path / "b", 0)["losses"]
+    assert resumed == whole
+    assert largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
