@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 evaluate_app = typer.Typer(help="Measure a value model.", **_SETTINGS)
 app.add_typer(evaluate_app, name="evaluate")
+bench_app = typer.Typer(help="Measure speed, side by side in one run.", **_SETTINGS)
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
 
@@ -119,6 +121,9 @@ def reproduce(
         Path | None, typer.Option(metavar="DIR", help="The run's folder; a second run goes on in it.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and why; run nothing.")] = False,
+    mix_commits: Annotated[
+        bool, typer.Option("--mix-commits", help="In a container: go on with results of another commit's code.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: all its stages, tables and figures.
@@ -129,7 +134,9 @@ def reproduce(
     from reproduce import app as work
     from reproduce.commands.common import Progress, print_json, table_text
 
-    request = work.Request(recipe, tuple(table or ()), tuple(figure or ()), seeds, data, tuple(override or ()), out)
+    request = work.Request(
+        recipe, tuple(table or ()), tuple(figure or ()), seeds, data, tuple(override or ()), out, mix_commits
+    )
     planned = work.plan_run(request)
     if dry_run:
         rows = [(line.id, line.state, line.why) for line in planned]
@@ -195,6 +202,121 @@ def score(
     score.run(gvm, score.requests_from(prompt, response, file), aggregate or (), heatmap, as_json)
 
 
+@app.command()
+def release(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR|FILE.tar", help="The new bundle; by default RUN_DIR/released/NAME.")
+    ] = None,
+    stage: Annotated[str, typer.Option(metavar="ID", help="The model's stage.")] = "seed0/gvm",
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="By default the stage's and the recipe's.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME@REV", help="The model that training started from.")
+    ] = None,
+    base_licence: Annotated[str | None, typer.Option(metavar="SPDX", help="Its licence.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign with this private key.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle of a trained model: weights, card, manifest with every digest.
+
+    The same run gives the same bytes.
+    """
+    from reproduce.commands import release
+
+    release.release(run, out, stage, name, base, base_licence, key, as_json)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME|URL|DIR|FILE.tar|OWNER/NAME@REV", help="What to fetch.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder; by default checkpoints/NAME.")] = None,
+    sha256: Annotated[str | None, typer.Option(metavar="DIGEST", help="The digest that it must have.")] = None,
+    max_gb: Annotated[float, typer.Option(min=0, help="Refuse a larger bundle.")] = 20,
+    public_key: Annotated[Path | None, typer.Option(metavar="KEY.pub", help="It must be signed with this.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a released checkpoint, and check it before it is used.
+
+    A pull that was cut goes on when the same command is run again.
+    """
+    from reproduce.commands import release
+
+    release.pull(name, out, sha256, max_gb, public_key, as_json)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.")],
+    metrics: Annotated[bool, typer.Option("--metrics", help="Measure its numbers again.")] = False,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Evaluation data that is not in the bundle; may be repeated."),
+    ] = None,
+    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model of an adapter.")] = None,
+    public_key: Annotated[Path | None, typer.Option(metavar="KEY.pub", help="It must be signed with this.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte and tensor of a bundle, and its signature.
+
+    Whatever differs is named, and the exit code is then 1.
+    """
+    from reproduce.commands import release
+
+    release.verify(folder, metrics, data or (), base, public_key, as_json)
+
+
+@app.command()
+def serve(
+    gvm: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A value model; the small released one by default.")
+    ] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="transformers or vllm.")] = "transformers",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="float32 or bfloat16.")] = "float32",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Score every text alone: equal to the last bit, and slower.")
+    ] = False,
+    tensor_parallel: Annotated[int, typer.Option(metavar="N", min=1, help="vLLM: GPUs that share one copy.")] = 1,
+    data_parallel: Annotated[int, typer.Option(metavar="N", min=1, help="vLLM: copies of the model.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="API keys, one a line; else those in DVPO_API_KEYS, with commas between."),
+    ] = None,
+    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Ask nobody for a key, on any host.")] = False,
+    reward: Annotated[
+        str, typer.Option(metavar="NAME", help="The aggregate that /get_reward and /reward answer with.")
+    ] = "last",
+    cache_mb: Annotated[int, typer.Option(metavar="MB", min=0, help="Memory for prompts that come again.")] = 1024,
+    max_batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens computed in one batch.")] = 4096,
+    max_queue_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that may wait.")] = 262_144,
+    max_body_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Of one request.")] = 16,
+    max_items: Annotated[int, typer.Option(metavar="N", min=1, help="Texts in one request.")] = 1024,
+) -> None:
+    """Serve token values over HTTP, with a page for people; see /docs of the running server."""
+    from reproduce.commands import serve
+
+    request = serve.Request(
+        gvm=gvm,
+        backend=backend,
+        dtype=dtype,
+        exact=exact,
+        tensor_parallel=tensor_parallel,
+        data_parallel=data_parallel,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        no_api_key=no_api_key,
+        reward=reward,
+        cache_mb=cache_mb,
+        max_batch_tokens=max_batch_tokens,
+        max_queue_tokens=max_queue_tokens,
+        max_body_mb=max_body_mb,
+        max_items=max_items,
+    )
+    serve.run(request)
+
+
 @evaluate_app.command()
 def pairwise(
     model: Annotated[str, typer.Option(metavar="DIR", help="A value model or scalar reward model.")],
@@ -228,6 +350,26 @@ def pairwise(
         out=out,
         as_json=as_json,
     )
+
+
+@bench_app.command("server")
+def bench_server(
+    gvm: Annotated[Path, typer.Option(metavar="DIR", help="A value model.")],
+    against: Annotated[str, typer.Option(metavar="NAME", help="bare (a padded forward pass) or vllm.")] = "bare",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="float32 or bfloat16.")] = "float32",
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Make texts of this file; of random tokens by default.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Counted rounds.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure the scoring server's tokens per second beside a bare forward pass, or beside vLLM's server.
+
+    vllm: the environment variable DVPO_VLLM_PYTHON names a Python that has vLLM.
+    """
+    from reproduce.commands import bench
+
+    bench.server(gvm, against, dtype, text, rounds, as_json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The scoring server: token values of a frozen value model over HTTP."""

@@ -1,0 +1,351 @@
+"""Batches the texts of all clients and runs them on one worker thread.
+
+All state but the backend lives on the event loop, so there are no locks. The worker thread takes one batch at a time.
+
+Which texts make the next batch: the one that has waited longest is always in it, so nobody starves; beside it come the
+texts with its prompt, then those nearest to it in length, up to the token budget.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from dvpo.data.templates import Encoded
+from dvpo.errors import InputError, StageError
+from server.backends import Backend, ModelInfo, Scored
+
+
+class Overloaded(RuntimeError):
+    """The queue is full: nothing was taken. `retry_after_seconds` is when it should have emptied, a whole number."""
+
+    def __init__(self, waiting_tokens: int, retry_after_seconds: int) -> None:
+        super().__init__(f"{waiting_tokens} tokens wait to be scored; try again in {retry_after_seconds} s")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Unavailable(RuntimeError):
+    """The engine scores nothing any more: it is stopping, or its worker died. The message says which."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The values of a request's texts in order, and where its time went.
+
+    `inference_seconds` is the time of the batches that its texts were in; `queue_seconds` is the rest.
+    """
+
+    scored: list[Scored]
+    queue_seconds: float
+    inference_seconds: float
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """One batch as run, failed or not.
+
+    tokens counts prompt and response of every text; cached_tokens those prompt tokens that were not computed; fill is
+    the share of the token budget that was used (a text longer than the budget gives more than 1).
+    """
+
+    items: int
+    tokens: int
+    cached_tokens: int
+    fill: float
+    seconds: float
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The engine at this moment. `tokens_per_second` is a running mean over recent batches, 0 before the first."""
+
+    waiting_items: int
+    waiting_tokens: int
+    running_items: int
+    tokens_per_second: float
+    accepting: bool
+
+
+@dataclass(eq=False)
+class _Request:
+    """Results of one submit as they come in; `done` is set when all are there or one failed."""
+
+    results: list[Scored | None]
+    done: asyncio.Future[None]
+    inference_seconds: float = 0.0
+    missing: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.missing = len(self.results)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """One text in the queue. `alone` after its batch failed: it must not fail with the others again."""
+
+    item: Encoded
+    request: _Request
+    position: int
+    tokens: int
+    prompt: bytes
+    alone: bool = False
+
+
+class Engine:
+    """Scores texts for many clients at once. Used on one event loop, between `start` and `stop`."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        batch_tokens: int = 4096,
+        queue_tokens: int = 262_144,
+        on_batch: Callable[[BatchReport], None] | None = None,
+    ) -> None:
+        """Prepares the engine; nothing runs before `start`.
+
+        Args:
+            batch_tokens: tokens computed in one batch, a prompt shared by several texts counted once. A longer text
+                is run by itself.
+            queue_tokens: tokens that may wait; bounds memory and waiting time.
+            on_batch: called on the event loop after every batch.
+        """
+        self._backend = backend
+        self._batch_tokens = batch_tokens
+        self._queue_tokens = queue_tokens
+        self._on_batch = on_batch
+        self._waiting: dict[_Waiting, None] = {}  # in the order of arrival
+        self._waiting_tokens = 0
+        self._running: list[_Waiting] = []
+        self._rate = 0.0
+        self._stopping = False
+        self._death: str | None = None
+        self._inbox: queue.SimpleQueue[list[Encoded] | None] = queue.SimpleQueue()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is served."""
+        return self._backend.info
+
+    def stats(self) -> Stats:
+        """What waits and runs now."""
+        return Stats(
+            len(self._waiting),
+            self._waiting_tokens,
+            len(self._running),
+            self._rate,
+            not self._stopping and self._death is None and self._thread is not None,
+        )
+
+    def start(self) -> None:
+        """Starts the worker thread. Call it on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
+        self._thread.start()
+
+    async def submit(self, items: Sequence[Encoded]) -> Reply:
+        """Scores texts; returns when all are done. If the awaiting task is cancelled, what still waits is dropped.
+
+        Raises:
+            InputError: a text is empty or longer than the model reads, or all are more than the queue ever takes.
+            Overloaded: the queue has no room now; nothing was taken.
+            Unavailable: the engine is stopping or its worker died.
+            StageError: a text could not be scored; the message names its place among `items`.
+        """
+        self._check(items)
+        if not items:
+            return Reply([], 0.0, 0.0)
+        began = time.monotonic()
+        request = _Request([None] * len(items), asyncio.get_running_loop().create_future())
+        for position, item in enumerate(items):
+            entry = _Waiting(item, request, position, _length(item), repr(item.prompt_ids).encode())
+            self._waiting[entry] = None
+            self._waiting_tokens += entry.tokens
+        self._next_batch()
+        try:
+            await request.done
+        except asyncio.CancelledError:
+            self._drop(request)
+            raise
+        scored = [result for result in request.results if result is not None]
+        total = time.monotonic() - began
+        return Reply(scored, max(0.0, total - request.inference_seconds), request.inference_seconds)
+
+    async def stop(self) -> None:
+        """Refuses new work, finishes what was taken, ends the worker thread and closes the backend."""
+        self._stopping = True
+        await self._idle.wait()
+        if self._thread is not None:
+            self._inbox.put(None)
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+            self._backend.close()
+
+    def _check(self, items: Sequence[Encoded]) -> None:
+        if self._death is not None:
+            raise Unavailable(self._death)
+        if self._stopping or self._thread is None:
+            raise Unavailable("the server is stopping" if self._stopping else "the engine was not started")
+        tokens = 0
+        for position, item in enumerate(items):
+            length = _length(item)
+            tokens += length
+            if not item.prompt_ids:
+                raise InputError(f"item {position}: the prompt has no tokens, so there is no value before the answer")
+            if length > self.info.max_tokens:
+                raise InputError(
+                    f"item {position}: prompt and response are {length} tokens, but the model reads at most "
+                    f"{self.info.max_tokens}; shorten the text"
+                )
+        if tokens > self._queue_tokens:
+            raise InputError(
+                f"the request has {tokens} tokens, but at most {self._queue_tokens} are taken at once; split it"
+            )
+        if self._waiting_tokens + tokens > self._queue_tokens:
+            seconds = self._waiting_tokens / self._rate if self._rate else 1.0
+            raise Overloaded(self._waiting_tokens, min(60, int(seconds) + 1))
+
+    def _drop(self, request: _Request) -> None:
+        for entry in [e for e in self._waiting if e.request is request]:
+            self._remove(entry)
+        self._note_idle()
+
+    def _remove(self, entry: _Waiting) -> None:
+        del self._waiting[entry]
+        self._waiting_tokens -= entry.tokens
+
+    def _note_idle(self) -> None:
+        if self._waiting or self._running:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    def _next_batch(self) -> None:
+        """Hands the worker a batch if it has none and something waits."""
+        if self._waiting and not self._running and self._death is None:
+            self._running = _choose(list(self._waiting), self._batch_tokens)
+            for entry in self._running:
+                self._remove(entry)
+            self._inbox.put([entry.item for entry in self._running])
+        self._note_idle()
+
+    def _finish(self, outcome: list[Scored] | Exception, seconds: float) -> None:
+        """Takes the outcome of the running batch, on the event loop."""
+        batch, self._running = self._running, []
+        for request in {entry.request for entry in batch}:
+            request.inference_seconds += seconds
+        tokens = sum(entry.tokens for entry in batch)
+        if isinstance(outcome, Exception):
+            self._fail(batch, outcome)
+        else:
+            rate = tokens / max(seconds, 1e-6)
+            self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+            for entry, scored in zip(batch, outcome, strict=True):
+                entry.request.results[entry.position] = scored
+                entry.request.missing -= 1
+                if not entry.request.missing:
+                    _settle(entry.request, None)
+        self._next_batch()
+        if self._on_batch is not None:
+            cached = 0 if isinstance(outcome, Exception) else sum(scored.cached_tokens for scored in outcome)
+            fill = _cost(batch) / self._batch_tokens
+            self._on_batch(BatchReport(len(batch), tokens, cached, fill, seconds, isinstance(outcome, Exception)))
+
+    def _fail(self, batch: list[_Waiting], error: Exception) -> None:
+        """A text that failed alone fails its request; of several, nobody knows which, so each is tried alone."""
+        if len(batch) == 1:
+            entry = batch[0]
+            self._drop(entry.request)
+            kind = InputError if isinstance(error, InputError) else StageError
+            reason = str(error) if isinstance(error, InputError | StageError) else f"{type(error).__name__}: {error}"
+            _settle(entry.request, kind(f"item {entry.position}: {reason}"))
+            return
+        again: dict[_Waiting, None] = {}
+        for entry in batch:
+            if not entry.request.done.done():
+                entry.alone = True
+                again[entry] = None
+                self._waiting_tokens += entry.tokens
+        self._waiting = again | self._waiting
+
+    def _died(self, reason: str) -> None:
+        """The worker thread is gone: everybody who waits is told."""
+        if self._stopping and not self._running and not self._waiting:
+            return
+        self._death = f"the scoring worker died ({reason}); restart the server"
+        for request in {entry.request for entry in [*self._running, *self._waiting]}:
+            _settle(request, Unavailable(self._death))
+        self._running, self._waiting, self._waiting_tokens = [], {}, 0
+        self._note_idle()
+
+    def _work(self) -> None:
+        """The worker thread: batches in, outcomes out, until it is handed None."""
+        reason = "it ended"
+        try:
+            while (batch := self._inbox.get()) is not None:
+                began = time.monotonic()
+                outcome: list[Scored] | Exception
+                try:
+                    outcome = self._backend.score(batch)
+                    if len(outcome) != len(batch):
+                        outcome = StageError(f"the backend gave {len(outcome)} results for {len(batch)} texts")
+                except Exception as error:
+                    outcome = error
+                self._tell(self._finish, outcome, time.monotonic() - began)
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            self._tell(self._died, reason)
+
+    def _tell(self, function: Callable[..., None], *arguments: object) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop was closed under the worker: nobody is left to tell
+                self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _choose(waiting: list[_Waiting], budget: int) -> list[_Waiting]:
+    """The next batch; `waiting` is in the order of arrival, and the first of it is in the batch."""
+    oldest = waiting[0]
+    if oldest.alone:
+        return [oldest]
+    # Nearest in length first, but the texts with the same prompt before all; a stable sort keeps the order of arrival.
+    rest = [e for e in waiting[1:] if not e.alone]
+    rest.sort(key=lambda e: (e.prompt != oldest.prompt, abs(e.tokens - oldest.tokens)))
+    batch, prompts, cost = [oldest], {oldest.prompt}, oldest.tokens
+    for entry in rest:
+        more = len(entry.item.response_ids) if entry.prompt in prompts else entry.tokens
+        if cost + more > budget:
+            break
+        batch.append(entry)
+        prompts.add(entry.prompt)
+        cost += more
+    # The backend sees the texts of one prompt beside one another.
+    first = {prompt: place for place, prompt in reversed(list(enumerate(e.prompt for e in batch)))}
+    return sorted(batch, key=lambda e: first[e.prompt])
+
+
+def _cost(batch: list[_Waiting]) -> int:
+    """Tokens to compute when nothing is cached, every prompt once."""
+    prompts = {entry.prompt: len(entry.item.prompt_ids) for entry in batch}
+    return sum(prompts.values()) + sum(len(entry.item.response_ids) for entry in batch)
+
+
+def _length(item: Encoded) -> int:
+    return len(item.prompt_ids) + len(item.response_ids)
+
+
+def _settle(request: _Request, error: Exception | None) -> None:
+    if request.done.done():
+        return
+    if error is None:
+        request.done.set_result(None)
+    else:
+        request.done.set_exception(error)

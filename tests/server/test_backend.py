@@ -1,0 +1,193 @@
+"""A text's values do not depend on what it is scored with, nor on what is kept. The reference is the stock model."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    MistralConfig,
+    MistralForTokenClassification,
+)
+
+from dvpo.data.templates import Encoded
+from dvpo.errors import InputError, StageError
+from server.backends import Scored
+from server.backends.transformers import TransformersBackend
+
+TOLERANCE = 1e-5
+MODELS = [("llama", "value"), ("gpt2", "value"), ("llama", "reward"), ("gpt2", "reward")]
+IDS = st.integers(0, 40)
+# Few prompts, so that texts of a batch share them, and one is the beginning of another.
+PROMPTS = ([7], [7, 8, 9], [7, 8, 9, 10, 11, 12, 3], [*range(5, 25)])
+ITEMS = st.lists(
+    st.builds(
+        lambda prompt, response: Encoded(list(prompt), response), st.sampled_from(PROMPTS), st.lists(IDS, max_size=12)
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@cache
+def backend(folder: Path, cache_bytes: int = 1 << 20, exact: bool = False) -> TransformersBackend:
+    return TransformersBackend(folder, cache_bytes=cache_bytes, exact=exact)
+
+
+@cache
+def stock(folder: Path, role: str):
+    auto = AutoModelForTokenClassification if role == "value" else AutoModelForSequenceClassification
+    return auto.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def alone(folder: Path, role: str, item: Encoded) -> np.ndarray:
+    """h_0..h_T from the stock model, one unpadded text."""
+    model = stock(folder, role)
+    hidden_L_D = model.base_model(input_ids=torch.tensor([item.prompt_ids + item.response_ids])).last_hidden_state[0]
+    head = model.classifier if hasattr(model, "classifier") else model.score
+    return head(hidden_L_D)[len(item.prompt_ids) - 1 :, 0].numpy()
+
+
+def require_equal(found: list[Scored], expected: list[np.ndarray]) -> None:
+    for scored, values_S in zip(found, expected, strict=True):
+        assert scored.values_S.dtype == np.float32 and scored.values_S.shape == values_S.shape
+        assert np.abs(scored.values_S - values_S).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("arch", "role"), MODELS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(items=ITEMS, data=st.data())
+def test_company_order_and_cache_change_no_value(checkpoints, arch: str, role: str, items, data) -> None:
+    folder = checkpoints[arch, role]
+    ours = backend(folder)
+    ours.cache.clear()
+    expected = [alone(folder, role, item) for item in items]
+    order = data.draw(st.permutations(range(len(items))))
+    require_equal(ours.score(items), expected)
+    require_equal(ours.score([items[i] for i in order]), [expected[i] for i in order])
+    require_equal([ours.score([item])[0] for item in items], expected)
+    ours.cache.clear()
+    require_equal([ours.score([item])[0] for item in items], expected)
+
+
+@pytest.mark.parametrize(("arch", "role"), MODELS)
+def test_positions_and_tokens_are_told_apart(checkpoints, arch: str, role: str) -> None:
+    """Guards the tests here: were neighbouring values alike, a value of the wrong place would pass."""
+    values = alone(checkpoints[arch, role], role, Encoded(PROMPTS[3], [5, 5, 6, 7]))
+    assert np.abs(np.diff(values)).min() > 10 * TOLERANCE
+
+
+def test_a_prompt_is_computed_once(checkpoints) -> None:
+    ours = backend(checkpoints["llama", "value"])
+    ours.cache.clear()
+    prompt = PROMPTS[3]
+    together = ours.score([Encoded(prompt, [1, 2]), Encoded([9], [1]), Encoded(prompt, [3])])
+    assert [s.cached_tokens for s in together] == [0, 0, 20]
+    # The rest of the group comes in requests of their own.
+    assert [ours.score([Encoded(prompt, [i])])[0].cached_tokens for i in range(3)] == [20, 20, 20]
+    assert ours.score([Encoded([9, 9], [1])])[0].cached_tokens == 0
+
+
+def test_the_prompt_is_not_run_again(checkpoints) -> None:
+    """Counts the tokens that reach the model."""
+    ours = TransformersBackend(checkpoints["gpt2", "value"])
+    seen: list[int] = []
+    embedding = ours._model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
+    group = [Encoded(PROMPTS[3], [1, 2, 3]), Encoded(PROMPTS[3], [4, 5])]
+    ours.score(group)
+    ours.score(group)
+    assert seen == [20 + 5, 5]
+
+
+def test_the_cache_keeps_to_its_bytes_and_drops_the_oldest(checkpoints) -> None:
+    per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, key heads, their width, bytes
+    ours = TransformersBackend(checkpoints["llama", "value"], cache_bytes=50 * per_token)
+    prompts = [[i] * 20 for i in (1, 2, 3)]
+    for prompt in prompts[:2]:
+        ours.score([Encoded(prompt, [4])])
+    assert (len(ours.cache), ours.cache.bytes) == (2, 40 * per_token)
+    ours.score([Encoded(prompts[0], [4])])
+    ours.score([Encoded(prompts[2], [4])])
+    assert ours.cache.bytes == 40 * per_token
+    cached = [ours.score([Encoded(prompts[i], [4])])[0].cached_tokens for i in (0, 2, 1)]
+    assert cached == [20, 20, 0]
+    ours.score([Encoded([5] * 51, [4])])
+    assert ours.score([Encoded([5] * 51, [4])])[0].cached_tokens == 0
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_exact_is_equal_to_the_last_bit(checkpoints, texts, arch: str) -> None:
+    folder = checkpoints[arch, "value"]
+    exact = backend(folder, exact=True)
+    single = [exact.score([text])[0].values_S.tobytes() for text in texts]
+    together = exact.score(texts[::-1])[::-1]
+    assert [s.values_S.tobytes() for s in together] == single
+    assert {s.cached_tokens for s in together} == {0}
+    require_equal(together, [alone(folder, "value", text) for text in texts])
+
+
+def test_a_sliding_window_falls_back_to_the_whole_text(tmp_path, tokenizer) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        sliding_window=8,
+        initializer_range=0.2,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    MistralForTokenClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ours = TransformersBackend(tmp_path)
+    items = [Encoded(PROMPTS[3], [1, 2, 3]), Encoded(PROMPTS[3], [4]), Encoded([7], [5, 6])]
+    assert "not kept" in ours.info.form
+    for _ in range(2):
+        found = ours.score(items)
+        require_equal(found, [alone(tmp_path, "value", item) for item in items])
+        assert {s.cached_tokens for s in found} == {0}
+
+
+def test_bfloat16_stays_near(checkpoints, texts) -> None:
+    half = TransformersBackend(checkpoints["llama", "value"], dtype="bfloat16")
+    assert half.info.dtype == "bfloat16"
+    for scored, text in zip(half.score(texts), texts, strict=True):
+        expected = alone(checkpoints["llama", "value"], "value", text)
+        assert 0 < np.abs(scored.values_S - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_an_unknown_token_is_named(checkpoints) -> None:
+    ours = backend(checkpoints["llama", "value"])
+    with pytest.raises(InputError, match=r"text 1 has the token id 99999, but the model's ids are 0 to \d+"):
+        ours.score([Encoded([1], [2]), Encoded([1], [99999])])
+    with pytest.raises(InputError, match="text 0 has the token id -1"):
+        ours.score([Encoded([-1], [2])])
+
+
+def test_a_value_that_is_not_finite_is_an_error(checkpoints) -> None:
+    ours = TransformersBackend(checkpoints["llama", "value"])
+    with torch.no_grad():
+        ours._model.get_input_embeddings().weight[11] = float("inf")
+    assert np.isfinite(ours.score([Encoded([1], [2])])[0].values_S).all()
+    with pytest.raises(StageError, match="text 1 has a value that is not finite"):
+        ours.score([Encoded([1], [2]), Encoded([1], [2, 11])])
+
+
+def test_info_says_what_is_served(checkpoints) -> None:
+    value, reward = (backend(checkpoints["llama", role]).info for role in ("value", "reward"))
+    assert (value.max_tokens, value.dtype, value.backend) == (256, "float32", "transformers")
+    assert value.form == "token classifier LlamaForTokenClassification"
+    assert reward.form == "sequence classifier LlamaForSequenceClassification, its head read at every token"
+    assert value.weights_sha256 != reward.weights_sha256
+    assert value.tokenizer_sha256 == reward.tokenizer_sha256

@@ -1,0 +1,329 @@
+"""The engine as a client sees it, over a backend that is told what to do; and over a real one, with many clients."""
+
+import asyncio
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dvpo.data.templates import Encoded
+from dvpo.errors import InputError, StageError
+from server.backends import ModelInfo, Scored
+from server.backends.transformers import TransformersBackend
+from server.engine import BatchReport, Engine, Overloaded, Unavailable
+
+BAD = 666
+
+
+class Fake:
+    """Gives every token its own id as value. `gate` holds a batch back; token BAD fails the batch that holds it."""
+
+    def __init__(self, max_tokens: int = 1000) -> None:
+        self.info = ModelInfo("gvm", "fake", "0", "0", "float32", "fake", max_tokens)
+        self.batches: list[list[Encoded]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.action: Callable[[], None] | None = None
+        self.closed = False
+
+    def score(self, items: Sequence[Encoded]) -> list[Scored]:
+        self.batches.append(list(items))
+        assert self.gate.wait(20)
+        if self.action:
+            self.action()
+        if any(BAD in item.response_ids for item in items):
+            raise StageError("text 0 has a value that is not finite")
+        return [Scored(np.float32([item.prompt_ids[-1], *item.response_ids]), 0) for item in items]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def item(response: list[int], prompt: Sequence[int] = (1,)) -> Encoded:
+    return Encoded(list(prompt), response)
+
+
+def run(work: Callable[[Engine], Coroutine[Any, Any, None]], backend: Fake, **options: Any) -> Engine:
+    """Runs `work` against a started engine, with a limit on its time: nothing here may hang."""
+
+    async def all_of_it() -> Engine:
+        engine = Engine(backend, **options)
+        engine.start()
+        async with asyncio.timeout(20):
+            await work(engine)
+            backend.gate.set()
+            await engine.stop()
+        return engine
+
+    return asyncio.run(all_of_it())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+async def hold(engine: Engine, backend: Fake) -> asyncio.Task:
+    """Occupies the worker with one text until the gate is opened."""
+    backend.gate.clear()
+    task = asyncio.ensure_future(engine.submit([item([9])]))
+    await until(lambda: len(backend.batches) == 1)
+    return task
+
+
+def test_every_client_gets_its_own_values_in_its_own_order() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        requests = [[item([c, i, *range(i)]) for i in range(4)] for c in range(20)]
+        replies = await asyncio.gather(*map(engine.submit, requests))
+        for request, reply in zip(requests, replies, strict=True):
+            assert [s.values_S[1:].tolist() for s in reply.scored] == [i.response_ids for i in request]
+            assert reply.queue_seconds >= 0 and reply.inference_seconds > 0
+        assert (await engine.submit([])).scored == []
+
+    run(work, backend)
+    assert backend.closed
+    assert len(backend.batches) < 20
+
+
+def test_batches_keep_to_the_budget_and_count_a_shared_prompt_once() -> None:
+    backend = Fake()
+    reports: list[BatchReport] = []
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        group = asyncio.ensure_future(engine.submit([item([i], range(1, 51)) for i in range(20)]))
+        others = asyncio.ensure_future(engine.submit([item([i] * 10, [i + 1] * 20) for i in range(10)]))
+        await asyncio.sleep(0)
+        assert engine.stats().waiting_items == 30 and engine.stats().waiting_tokens == 20 * 51 + 10 * 30
+        backend.gate.set()
+        await asyncio.gather(held, group, others)
+
+    run(work, backend, batch_tokens=100, on_batch=reports.append)
+    for batch in backend.batches:
+        prompts = {tuple(i.prompt_ids) for i in batch}
+        assert sum(map(len, prompts)) + sum(len(i.response_ids) for i in batch) <= 100
+    # 50 + 20 tokens of the group leave room for one of the others.
+    assert [len(b) for b in backend.batches] == [1, 21, 3, 3, 3]
+    assert reports[1].fill == 1.0 and reports[1].items == 21 and not reports[1].failed
+
+
+def test_lengths_of_a_batch_are_near_and_the_oldest_is_never_passed_over() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        lengths = [90, 5, 80, 6, 85, 4]
+        tasks = [asyncio.ensure_future(engine.submit([item([1] * n, [n])])) for n in lengths]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        await asyncio.gather(held, *tasks)
+
+    run(work, backend, batch_tokens=200)
+    assert [sorted(len(i.response_ids) for i in b) for b in backend.batches[1:]] == [[85, 90], [4, 5, 6, 80]]
+
+
+def test_a_text_over_the_budget_runs_by_itself() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        await engine.submit([item([1] * 500), item([2] * 3, [2])])
+
+    run(work, backend, batch_tokens=100)
+    assert [[len(i.response_ids) for i in b] for b in backend.batches] == [[500], [3]]
+
+
+def test_nobody_starves_under_a_stream_of_better_fitting_texts() -> None:
+    backend = Fake()
+    backend.action = lambda: time.sleep(0.002)
+
+    async def work(engine: Engine) -> None:
+        async def stream() -> None:
+            while True:
+                await engine.submit([item([1] * 10) for _ in range(10)])
+
+        streams = [asyncio.ensure_future(stream()) for _ in range(4)]
+        await asyncio.sleep(0.02)
+        before = len(backend.batches)
+        await engine.submit([item([7] * 90, [3])])
+        assert len(backend.batches) - before <= 8
+        for task in streams:
+            task.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+
+    run(work, backend, batch_tokens=120)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        waiting = asyncio.ensure_future(engine.submit([item([1] * 79)]))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as refused:
+            await engine.submit([item([1] * 50)])
+        assert 1 <= refused.value.retry_after_seconds <= 60
+        assert engine.stats().waiting_tokens == 80
+        small = asyncio.ensure_future(engine.submit([item([1] * 10)]))
+        await asyncio.sleep(0)
+        backend.gate.set()
+        await asyncio.gather(held, waiting, small)
+        await engine.submit([item([1] * 50)])
+        with pytest.raises(InputError, match="the request has 202 tokens, but at most 100 are taken at once"):
+            await engine.submit([item([1] * 100)] * 2)
+
+    run(work, backend, queue_tokens=100)
+
+
+def test_a_client_that_leaves_costs_nothing_more() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        requests = [item([5], [5])] * 10, [item([6], [6])]
+        leaves, stays = [asyncio.ensure_future(engine.submit(request)) for request in requests]
+        await asyncio.sleep(0)
+        leaves.cancel()
+        await asyncio.wait([leaves])
+        assert (engine.stats().waiting_items, engine.stats().waiting_tokens) == (1, 2)
+        held.cancel()  # this one runs already; its result is for nobody
+        backend.gate.set()
+        assert (await stays).scored[0].values_S.tolist() == [6, 6]
+        assert leaves.cancelled()
+
+    run(work, backend)
+    assert [[i.prompt_ids for i in b] for b in backend.batches] == [[[1]], [[6]]]
+
+
+def test_a_bad_text_fails_alone() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        bad = asyncio.ensure_future(engine.submit([item([2]), item([BAD]), item([3])]))
+        good = [asyncio.ensure_future(engine.submit([item([i])])) for i in range(5)]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        with pytest.raises(StageError, match="item 1: text 0 has a value that is not finite"):
+            await bad
+        assert [(await g).scored[0].values_S[1] for g in good] == list(range(5))
+        await held
+        assert (await engine.submit([item([4])])).scored[0].values_S[1] == 4
+        assert engine.stats().waiting_tokens == 0
+
+    run(work, backend)
+
+
+def test_a_backend_that_loses_results_is_an_error() -> None:
+    backend = Fake()
+    backend.score = lambda items: []  # type: ignore[method-assign]
+
+    async def work(engine: Engine) -> None:
+        with pytest.raises(StageError, match="gave 0 results for 1 texts"):
+            await engine.submit([item([1])])
+
+    run(work, backend)
+
+
+def die() -> None:
+    raise SystemExit("told to")
+
+
+def kill_this_thread() -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), ctypes.py_object(SystemExit))
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize("end", [die, kill_this_thread])
+def test_a_dead_worker_is_said_to_all_who_wait_and_all_who_come(end: Callable[[], None]) -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        waiting = asyncio.ensure_future(engine.submit([item([1])]))
+        await asyncio.sleep(0)
+        backend.action = end
+        backend.gate.set()
+        for task in (held, waiting):
+            with pytest.raises(Unavailable, match=r"the scoring worker died .*restart the server"):
+                await task
+        with pytest.raises(Unavailable, match="died"):
+            await engine.submit([item([1])])
+        assert not engine.stats().accepting
+
+    run(work, backend)
+
+
+def test_stop_finishes_what_was_taken_and_refuses_the_rest() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        with pytest.raises(Unavailable, match="not started"):
+            await Engine(Fake()).submit([item([1])])
+        held = await hold(engine, backend)
+        waiting = asyncio.ensure_future(engine.submit([item([5])]))
+        await asyncio.sleep(0)
+        stopping = asyncio.ensure_future(engine.stop())
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="stopping"):
+            await engine.submit([item([1])])
+        backend.gate.set()
+        await stopping
+        assert held.done() and (await waiting).scored[0].values_S[1] == 5
+
+    run(work, backend)
+    assert backend.closed
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [(item([1], []), "item 1: the prompt has no tokens"), (item([1] * 30), "item 1: .* are 31 tokens, .* at most 20")],
+)
+def test_what_can_never_be_scored_is_refused_at_once(bad: Encoded, said: str) -> None:
+    backend = Fake(max_tokens=20)
+
+    async def work(engine: Engine) -> None:
+        with pytest.raises(InputError, match=said):
+            await engine.submit([item([1]), bad])
+
+    run(work, backend)
+    assert not backend.batches
+
+
+def test_a_failing_observer_stops_nothing() -> None:
+    backend = Fake()
+
+    def observer(report: BatchReport) -> None:
+        raise RuntimeError("no metrics today")
+
+    async def work(engine: Engine) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        for i in range(3):
+            assert (await engine.submit([item([i])])).scored[0].values_S[1] == i
+
+    run(work, backend, on_batch=observer)
+
+
+def test_a_group_in_requests_of_their_own_computes_its_prompt_once(checkpoints) -> None:
+    backend = TransformersBackend(checkpoints["llama", "value"])
+    alone = TransformersBackend(checkpoints["llama", "value"], exact=True)
+    prompt = list(range(1, 31))
+    items = [item([i, i + 1], prompt) for i in range(8)]
+
+    async def work() -> None:
+        engine = Engine(backend)
+        engine.start()
+        replies = await asyncio.gather(*(engine.submit([i]) for i in items))
+        await engine.stop()
+        scored = [r.scored[0] for r in replies]
+        assert sorted(s.cached_tokens for s in scored) == [0] + [30] * 7
+        for one, expected in zip(scored, alone.score(items), strict=True):
+            assert np.abs(one.values_S - expected.values_S).max() <= 1e-5
+
+    asyncio.run(work())
