@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: reproduce test test-slow lock clean
+.PHONY: reproduce test test-slow docker-test pin lock lock-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make reproduce   train everything at the tiny size and print the tables"
 	@echo "make test        lint, types and the fast tests"
 	@echo "make test-slow   the tests that train or kill real runs"
+	@echo "make docker-test the containers, with a real Docker engine"
 
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: install it, or name one with make PYTHON=..." >&2; exit 2; }
@@ -35,8 +36,18 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow
 
+docker-test: $(VENV)/.ready
+	DVPO_START_ENGINE=1 $(BIN)/pytest -m slow tests/docker
+
+pin: $(VENV)/.ready
+	$(BIN)/python container/pin.py
+
 lock:
 	$(BIN)/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's|+cpu||' > requirements.lock
+
+lock-gpu:
+	grep -vE '^(numpy|setuptools)==' requirements.lock > $(VENV)/constraints.txt
+	uv pip compile pyproject.toml --extra gpu --extra dev --extra sign -c $(VENV)/constraints.txt --python-platform x86_64-unknown-linux-gnu --python-version 3.12 --no-header --no-annotate -o requirements.gpu.lock
 
 clean:
 	rm -rf $(VENV) runs

@@ -11,13 +11,17 @@ from dvpo.errors import InputError
 from dvpo.files import write_json, write_text
 from reproduce.graph import Graph, build
 from reproduce.pipeline import Planned, Result, Stage, plan
+from reproduce.provenance import refuse_other_code
 from reproduce.recipe import AtlasRecipe, DataRecipe, load
 from reproduce.runner import Report, run
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. None means the recipe's own choice."""
+    """What the user asked for. None means the recipe's own choice.
+
+    mix_commits: in a container, go on with results of another commit's code.
+    """
 
     recipe: str | None
     tables: tuple[int, ...]
@@ -26,6 +30,7 @@ class Request:
     data: str | None
     overrides: tuple[str, ...]
     out: Path | None
+    mix_commits: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ def reproduce(request: Request, report: Report) -> dict[str, Any]:
     from reproduce.report import ReportData, table_markdown, table_text, write_report
 
     p = prepare(request)
+    if not request.mix_commits:
+        refuse_other_code(p.out / "stages")
     started = datetime.now(UTC)
     results = run(p.stages, p.out / "stages", p.recipe.compute.workers, p.recipe.compute.threads, report)
     write_text(p.out / "recipe.json", p.recipe.model_dump_json(indent=1) + "\n")

@@ -219,8 +219,9 @@ def run_job(job: Job, root: Path) -> Path:
 
 
 def _manifest(job: Job, out: Path, metrics: dict[str, Any], started: datetime, seconds: float) -> dict[str, Any]:
-    from reproduce.provenance import code_commit, device, versions
+    from reproduce.provenance import code_commit, device, image, versions
 
+    found = image()
     return {
         "stage": job.kind,
         "id": job.id,
@@ -232,6 +233,7 @@ def _manifest(job: Job, out: Path, metrics: dict[str, Any], started: datetime, s
         "seeds": [job.seed],
         "git_commit": code_commit(),
         "versions": versions(),
+        **({"image": found} if found else {}),
         "device": device(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 2),

@@ -242,6 +242,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Any:
         data: str | None
         overrides: tuple[str, ...]
         out: Path | None
+        mix_commits: bool = False
 
     module: Any = types.ModuleType("reproduce.app")
     module.Request, module.requests = Request, []

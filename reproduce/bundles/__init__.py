@@ -1,0 +1,1 @@
+"""Released checkpoints: making bundles, fetching them, and checking every byte, tensor and number of them."""

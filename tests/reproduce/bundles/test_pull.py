@@ -1,0 +1,211 @@
+"""`dvpo pull` from outside: folders, archives and the web, cut, hostile or changed."""
+
+import io
+import json
+import os
+import tarfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dvpo.files import sha256_tree
+from reproduce.bundles import sources
+from reproduce.bundles.manifest import manifest_bytes
+from reproduce.bundles.pull import pull
+
+
+@dataclass
+class Web:
+    """A web server over a folder. `cut`: close the connection after so many bytes of a file, so many times."""
+
+    root: Path
+    url: str = ""
+    ranges: bool = True
+    cut: dict[str, list[int]] = field(default_factory=dict)
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
+
+
+@pytest.fixture
+def web(made: Path) -> Iterator[Web]:
+    state = Web(made)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            wanted = self.headers.get("Range")
+            state.asked.append((self.path, wanted))
+            path = state.root / self.path.lstrip("/")
+            if not path.is_file():
+                self.send_error(404)
+                return
+            data, start = path.read_bytes(), 0
+            if wanted and state.ranges:
+                start = int(wanted.removeprefix("bytes=").rstrip("-"))
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            else:
+                self.send_response(200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            cuts = state.cut.get(self.path, [])
+            self.wfile.write(data[start : start + cuts.pop(0)] if cuts else data[start:])
+            self.close_connection = True
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield state
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class TestPull:
+    def test_from_a_folder(self, dvpo: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert dvpo("pull", made).code == 0
+        assert sha256_tree(tmp_path / "checkpoints" / "gvm-micro") == sha256_tree(made)
+        assert dvpo("pull", made).code == 0
+        (tmp_path / "checkpoints" / "gvm-micro" / "config.json").write_text("{}")
+        assert dvpo("pull", made).code == 2
+
+    def test_from_an_archive(self, dvpo: Any, run: Path, made: Path, tmp_path: Path, web: Web) -> None:
+        archive = tmp_path / "bundle.tar"
+        assert dvpo("release", run, "--out", archive).code == 0
+        assert dvpo("pull", archive, "--out", tmp_path / "one").code == 0
+        web.root, web.cut = tmp_path, {"/bundle.tar": [30_000]}
+        assert dvpo("pull", f"{web.url}/bundle.tar", "--out", tmp_path / "two").code == 0
+        assert sha256_tree(tmp_path / "one") == sha256_tree(tmp_path / "two") == sha256_tree(made)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle.tar", "one", "two"]
+
+    def test_from_the_web_by_digest(self, dvpo: Any, signed: Path, tmp_path: Path, web: Web, keys: Any) -> None:
+        web.root = signed
+        digest = json.loads((signed / "manifest.json").read_text())["sha256"]
+        out = tmp_path / "out"
+        dvpo("pull", web.url, "--out", out, "--sha256", "0" * 64).differs("not the wanted")
+        outcome = dvpo("pull", web.url, "--out", out, "--sha256", digest, "--public-key", keys("ours")[1])
+        assert outcome.code == 0, outcome
+        assert sha256_tree(out) == sha256_tree(signed)
+
+    def test_a_cut_download_goes_on(self, dvpo: Any, made: Path, tmp_path: Path, web: Web) -> None:
+        web.cut = {"/model.safetensors": [10_000] * sources.ATTEMPTS, "/manifest.json": [100]}
+        out = tmp_path / "deep" / "out"
+        dvpo("pull", web.url, "--out", out).differs(f"after {10_000 * sources.ATTEMPTS} bytes", "run the same command")
+        assert not out.exists()
+        web.asked.clear()
+        assert dvpo("pull", web.url, "--out", out).code == 0
+        assert ("/model.safetensors", f"bytes={10_000 * sources.ATTEMPTS}-") in web.asked
+        assert not [name for name, _ in web.asked if name == "/config.json"]
+        assert sha256_tree(out) == sha256_tree(made)
+        assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+    def test_a_server_without_ranges(self, dvpo: Any, made: Path, tmp_path: Path, web: Web) -> None:
+        web.ranges, web.cut = False, {"/model.safetensors": [10_000]}
+        assert dvpo("pull", web.url, "--out", tmp_path / "out").code == 0
+        assert sha256_tree(tmp_path / "out") == sha256_tree(made)
+
+    def test_two_at_once(self, made: Path, tmp_path: Path, web: Web) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(pull, web.url, tmp_path / "out") for _ in range(2)]
+        assert [done.result()[0] for done in both] == [tmp_path / "out"] * 2
+        assert sha256_tree(tmp_path / "out") == sha256_tree(made)
+        assert len([name for name, _ in web.asked if name == "/model.safetensors"]) == 1
+
+    def test_another_file_than_promised(self, dvpo: Any, bundle: Path, tmp_path: Path, web: Web, flip: Any) -> None:
+        web.root, out = bundle, tmp_path / "out"
+        kept = (bundle / "config.json").read_bytes()
+        flip(bundle / "config.json", 30)
+        dvpo("pull", web.url, "--out", out).differs("config.json", "sha256")
+        (bundle / "config.json").write_bytes(kept * 1000)
+        dvpo("pull", web.url, "--out", out).differs("config.json", "larger")
+        (bundle / "config.json").unlink()
+        dvpo("pull", web.url, "--out", out).differs("config.json", "404")
+        assert not out.exists()
+        (bundle / "config.json").write_bytes(kept)
+        assert dvpo("pull", web.url, "--out", out).code == 0
+
+    def test_tensors_are_checked_before_it_is_there(self, dvpo: Any, bundle: Path, tmp_path: Path, reseal: Any) -> None:
+        tensors = load_file(bundle / "model.safetensors")
+        save_file({k: v for k, v in tensors.items() if "norm" not in k}, bundle / "model.safetensors")
+        reseal(bundle)
+        dvpo("pull", bundle, "--out", tmp_path / "out").differs("norm")
+        assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+    def test_too_large(self, dvpo: Any, bundle: Path, tmp_path: Path) -> None:
+        limit = dvpo("pull", bundle, "--out", tmp_path / "out", "--max-gb", "0.0000001")
+        assert (limit.code, "--max-gb" in limit.err) == (2, True)
+        content = json.loads((bundle / "manifest.json").read_text())
+        content["files"]["model.safetensors"]["size"] = 10**18
+        (bundle / "manifest.json").write_bytes(manifest_bytes(content))
+        room = dvpo("pull", bundle, "--out", tmp_path / "out", "--max-gb", "1e12")
+        assert (room.code, "free" in room.err) == (2, True)
+
+    def test_a_linked_file_in_a_folder(self, dvpo: Any, bundle: Path, tmp_path: Path) -> None:
+        (bundle / "config.json").rename(tmp_path / "config.json")
+        (bundle / "config.json").symlink_to(tmp_path / "config.json")
+        dvpo("pull", bundle, "--out", tmp_path / "out").differs("config.json")
+
+    @pytest.mark.parametrize(
+        ("name", "kind", "word"),
+        [
+            ("../evil.json", tarfile.REGTYPE, "plain path"),
+            ("/evil.json", tarfile.REGTYPE, "plain path"),
+            ("config.json", tarfile.REGTYPE, "twice"),
+            ("extra.json", tarfile.REGTYPE, "not in the manifest"),
+            ("link.json", tarfile.SYMTYPE, "link"),
+            ("hard.json", tarfile.LNKTYPE, "link"),
+            ("device", tarfile.CHRTYPE, "device"),
+            ("folder", tarfile.DIRTYPE, "folder"),
+        ],
+    )
+    def test_a_hostile_archive(self, dvpo: Any, run: Path, tmp_path: Path, name: str, kind: bytes, word: str) -> None:
+        archive = tmp_path / "a" / "bundle.tar"
+        assert dvpo("release", run, "--out", archive).code == 0
+        with tarfile.open(archive, "a") as tar:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info, io.BytesIO())
+        dvpo("pull", archive, "--out", tmp_path / "b" / "out").differs(word)
+        assert list((tmp_path / "b").iterdir()) == []
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+    def test_a_broken_archive(self, dvpo: Any, run: Path, tmp_path: Path) -> None:
+        archive = tmp_path / "bundle.tar"
+        assert dvpo("release", run, "--out", archive).code == 0
+        os.truncate(archive, 20_000)
+        dvpo("pull", archive, "--out", tmp_path / "out").differs("bundle.tar")
+        archive.write_bytes(b"\x1f\x8b nonsense")
+        dvpo("pull", archive, "--out", tmp_path / "out").differs("tar")
+
+    def test_no_network(self, dvpo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        dvpo("pull", "http://127.0.0.1:9", "--out", tmp_path / "out").differs("connection failed")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        for name in ("http://127.0.0.1:9", "owner/name@v1"):
+            outcome = dvpo("pull", name, "--out", tmp_path / "out")
+            assert (outcome.code, "offline" in outcome.err) == (2, True)
+
+    def test_a_hub_id_is_asked_for_at_its_revision(
+        self, dvpo: Any, tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda hub_id, name, revision: f"{web.url}/{name}")
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+        assert dvpo("pull", "owner/name@v1", "--out", tmp_path / "out").code == 0
+        moving = dvpo("pull", "owner/name@main")
+        assert (moving.code, "REVISION" in moving.err) == (2, True)
+
+    def test_the_paper_s_checkpoints_are_not_released(self, dvpo: Any) -> None:
+        outcome = dvpo("pull", "llama3-8b-base-gvm")
+        assert (outcome.code, "not released" in outcome.err) == (2, True)
+        unknown = dvpo("pull", "no-such-thing")
+        assert (unknown.code, "no such folder" in unknown.err) == (2, True)

@@ -1,0 +1,261 @@
+"""`dvpo verify` from outside: every kind of change is found and named."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from dvpo.files import list_files, sha256_tree, write_json
+from reproduce.bundles.manifest import manifest_bytes
+
+
+def linked(path: Path) -> None:
+    """Puts the same content behind a link."""
+    path.rename(path.parent.parent / f"moved-{path.name}")
+    path.symlink_to(path.parent.parent / f"moved-{path.name}")
+
+
+def swapped(one: Path, other: Path) -> None:
+    first = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(first)
+
+
+def replaced(path: Path, old: str, new: str) -> None:
+    """Other text, and a line end that does not belong there."""
+    path.write_text(path.read_text().replace(old, new, 1) + "\n")
+
+
+class TestVerify:
+    def test_a_sound_bundle(self, dvpo: Any, made: Path) -> None:
+        outcome = dvpo("verify", made, "--json")
+        assert outcome.code == 0
+        assert json.loads(outcome.out)["differences"] == []
+
+    def test_its_numbers_are_measured_again(self, dvpo: Any, made: Path) -> None:
+        outcome = dvpo("verify", made, "--metrics", "--json")
+        assert outcome.code == 0, outcome
+        rows = {m["name"]: m for m in json.loads(outcome.out)["metrics"]}
+        assert rows["accuracy/gvm accuracy.mean.accuracy"]["within"]
+        assert rows["credit/gvm auroc"]["recorded"] == rows["credit/gvm auroc"]["measured"]
+
+    def test_one_flipped_byte_in_any_file_is_named(self, dvpo: Any, bundle: Path, flip: Any) -> None:
+        rng = random.Random(0)
+        for path in list_files(bundle):
+            kept = path.read_bytes()
+            flip(path, rng.randrange(len(kept)), 1 << rng.randrange(8))
+            dvpo("verify", bundle).differs(path.name)
+            path.write_bytes(kept)
+        assert dvpo("verify", bundle).code == 0
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
+    def test_one_flipped_bit_anywhere_in_the_manifest(
+        self, dvpo: Any, bundle: Path, position: int, bit: int, flip: Any
+    ) -> None:
+        path = bundle / "manifest.json"
+        kept = path.read_bytes()
+        flip(path, position, 1 << bit)
+        try:
+            dvpo("verify", bundle).differs("manifest.json")
+        finally:
+            path.write_bytes(kept)
+
+    @pytest.mark.parametrize(
+        ("change", "word"),
+        [
+            (lambda b: (b / "config.json").unlink(), "config.json: missing"),
+            (lambda b: (b / "manifest.json").unlink(), "manifest.json: missing"),
+            (lambda b: (b / "model.bin").write_bytes(b"x"), "model.bin: not in the manifest"),
+            (
+                lambda b: (b / "evaluation" / "more.jsonl").write_text("{}"),
+                "evaluation/more.jsonl: not in the manifest",
+            ),
+            (lambda b: (b / "empty").mkdir(), "empty: a folder"),
+            (lambda b: os.mkfifo(b / "pipe"), "pipe: not a regular file"),
+            (lambda b: (b / "bundle.sig").write_text("{}"), "bundle.sig: not in the manifest"),
+            (lambda b: linked(b / "config.json"), "config.json: a symbolic link"),
+            (lambda b: linked(b / "evaluation"), "evaluation: a symbolic link"),
+            (lambda b: linked(b / "manifest.json"), "manifest.json: missing"),
+            (lambda b: swapped(b / "config.json", b / "tokenizer_config.json"), "config.json: "),
+            (lambda b: os.truncate(b / "model.safetensors", 100), "model.safetensors: 100 bytes"),
+            (lambda b: (b / "manifest.json").write_text("[" * 100_000), "no manifest of a bundle"),
+            (lambda b: replaced(b / "manifest.json", "0.01", "NaN"), "no manifest of a bundle"),
+            (lambda b: replaced(b / "manifest.json", "gvm-micro", "gvm-micro"), "manifest.json: it was changed"),
+            (lambda b: replaced(b / "manifest.json", "a processor", "\\ud800"), "no manifest of a bundle"),
+            (lambda b: (b / "manifest.json").write_bytes(b" " * 5_000_000), "5000000 bytes"),
+        ],
+    )
+    def test_a_changed_folder(self, dvpo: Any, bundle: Path, change: Callable[[Path], Any], word: str) -> None:
+        change(bundle)
+        dvpo("verify", bundle).differs(word)
+
+    def test_no_folder(self, dvpo: Any, tmp_path: Path) -> None:
+        assert dvpo("verify", tmp_path / "none").code == 2
+        dvpo("verify", tmp_path).differs("manifest.json")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "../evil.json",
+            "/etc/evil.json",
+            "a/../../evil.json",
+            "a//b.json",
+            "./a.json",
+            ".hidden.json",
+            "a\\b.json",
+            "a\n.json",
+            "",
+            "a/b/c/d/e.json",
+            "x" * 300 + ".json",
+            "ünï.json",
+            "model.bin",
+            "model.pt",
+            "model.pkl",
+            "code.py",
+            "manifest.json",
+            "CONFIG.json",
+        ],
+    )
+    def test_a_manifest_with_a_bad_name(self, dvpo: Any, bundle: Path, name: str, reseal: Any) -> None:
+        reseal(bundle, lambda c: c["files"].update({name: {"sha256": "0" * 64, "size": 1}}))
+        dvpo("verify", bundle).differs("manifest.json", "plain path" if not name.isascii() else "")
+        dvpo("pull", bundle, "--out", bundle.parent / "out").differs("manifest.json")
+        assert not (bundle.parent / "out").exists()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda c: c.pop("metrics"),
+            lambda c: c.update(surprise=1),
+            lambda c: c.update(format=2),
+            lambda c: c.update(name="../x"),
+            lambda c: c["files"]["config.json"].update(size=-1),
+            lambda c: c["files"]["config.json"].update(sha256="abc"),
+            lambda c: c.update(signed_by="0" * 64),
+            lambda c: c["metrics"][0].update(kind="anything"),
+        ],
+    )
+    def test_a_manifest_of_another_form(
+        self, dvpo: Any, bundle: Path, change: Callable[[dict[str, Any]], Any], reseal: Any
+    ) -> None:
+        reseal(bundle, change)
+        dvpo("verify", bundle).differs("manifest.json")
+
+    @pytest.mark.parametrize(
+        ("change", "word"),
+        [
+            (lambda t: t.pop("model.norm.weight"), "model.norm.weight: a tensor that the config asks for is missing"),
+            (lambda t: t.update(extra=torch.zeros(1)), "model.safetensors:extra: the config has no such tensor"),
+            (lambda t: t.update({"score.bias": torch.zeros(2)}), "model.safetensors:score.bias: its shape is [2]"),
+            (lambda t: t["score.weight"].fill_(float("nan")), "model.safetensors:score.weight: it has numbers"),
+        ],
+    )
+    def test_tensors_that_do_not_fit_the_config(
+        self, dvpo: Any, bundle: Path, change: Callable[[dict[str, torch.Tensor]], Any], word: str, reseal: Any
+    ) -> None:
+        path = bundle / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+        reseal(bundle)
+        dvpo("verify", bundle).differs(word)
+
+    def test_weights_that_are_no_safetensors(self, dvpo: Any, bundle: Path, reseal: Any) -> None:
+        (bundle / "model.safetensors").write_bytes(b"\x80\x04\x95 a pickle")
+        reseal(bundle)
+        dvpo("verify", bundle).differs("cannot be read")
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+    def test_a_config_that_names_code(self, dvpo: Any, bundle: Path, name: str, reseal: Any) -> None:
+        config = json.loads((bundle / name).read_text())
+        write_json(bundle / name, {**config, "auto_map": {"AutoConfig": "evil.Config"}})
+        reseal(bundle)
+        dvpo("verify", bundle).differs("auto_map")
+
+    def test_an_edited_metric_is_named(self, dvpo: Any, bundle: Path, reseal: Any) -> None:
+        def better(content: dict[str, Any]) -> None:
+            content["metrics"][0]["values"]["accuracy"]["mean"]["accuracy"] += 0.05
+
+        reseal(bundle, better)
+        assert dvpo("verify", bundle).code == 0
+        dvpo("verify", bundle, "--metrics").differs("accuracy/gvm accuracy.mean.accuracy: ")
+
+    def test_data_from_elsewhere_is_found_by_its_digest(self, dvpo: Any, bundle: Path, flip: Any) -> None:
+        data = bundle.parent / "data"
+        shutil.move(bundle / "evaluation" / "coverage", data)
+        digest = sha256_tree(data)
+
+        def outside(content: dict[str, Any]) -> None:
+            for metric in content["metrics"]:
+                metric["inputs"]["data"] = {"sha256": digest, "folder": None}
+            content["files"].pop("evaluation/coverage/test.jsonl")
+
+        content = json.loads((bundle / "manifest.json").read_text())
+        outside(content)
+        (bundle / "manifest.json").write_bytes(manifest_bytes(content))
+        asked = dvpo("verify", bundle, "--metrics")
+        assert (asked.code, digest in asked.err, "--data" in asked.err) == (2, True, True)
+        assert dvpo("verify", bundle, "--metrics", "--data", data).code == 0
+        flip(data / "test.jsonl", 40)
+        assert dvpo("verify", bundle, "--metrics", "--data", data).code == 2
+
+
+class TestSignature:
+    def test_what_is_no_key(self, dvpo: Any, run: Path, keys: Any, tmp_path: Path) -> None:
+        for key, word in [
+            ("absent.pem", "absent.pem"),
+            (__file__, "PEM private key"),
+            (keys("ours")[1], "PEM private"),
+        ]:
+            outcome = dvpo("release", run, "--out", tmp_path / "out", "--key", key)
+            assert (outcome.code, word in outcome.err) == (2, True), outcome
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_signed_bundle(self, dvpo: Any, signed: Path, keys: Any) -> None:
+        assert dvpo("verify", signed).code == 0
+        assert dvpo("verify", signed, "--public-key", keys("ours")[1]).code == 0
+        dvpo("verify", signed, "--public-key", keys("theirs")[1]).differs("bundle.sig", "another key")
+        assert dvpo("verify", signed, "--public-key", signed / "none").code == 2
+
+    def test_an_unsigned_bundle_is_not_taken_for_a_signed_one(self, dvpo: Any, made: Path, keys: Any) -> None:
+        outcome = dvpo("verify", made, "--public-key", keys("ours")[1])
+        assert (outcome.code, "not signed" in outcome.err) == (2, True)
+
+    def test_one_flipped_bit_in_any_signed_file(self, dvpo: Any, signed: Path, tmp_path: Path, flip: Any) -> None:
+        copy = Path(shutil.copytree(signed, tmp_path / "copy"))
+        rng = random.Random(1)
+        path = copy / "bundle.sig"
+        kept = path.read_bytes()
+        end = kept.index(b'"sig":') + 6
+        # Every character of the signature itself: its last ones hold bits that base64 does not use.
+        for position in [*range(end, min(end + 110, len(kept))), *(rng.randrange(len(kept)) for _ in range(60))]:
+            flip(path, position, 1 << rng.randrange(8))
+            dvpo("verify", copy).differs("bundle.sig")
+            path.write_bytes(kept)
+        flip(copy / "signing-key.pub", 60)
+        dvpo("verify", copy).differs("signing-key.pub")
+
+    def test_a_signature_of_something_else(self, dvpo: Any, signed: Path, run: Path, keys: Any, tmp_path: Path) -> None:
+        other = tmp_path / "other"
+        assert dvpo("release", run, "--stage", "seed0/sft", "--out", other, "--key", keys("ours")[0]).code == 0
+        copy = Path(shutil.copytree(signed, tmp_path / "copy"))
+        shutil.copy(other / "bundle.sig", copy / "bundle.sig")
+        dvpo("verify", copy).differs("bundle.sig", "does not sign this bundle")
+        (copy / "bundle.sig").unlink()
+        dvpo("verify", copy).differs("bundle.sig: missing")
+
+    def test_a_resealed_manifest_does_not_pass(self, dvpo: Any, signed: Path, tmp_path: Path, reseal: Any) -> None:
+        copy = Path(shutil.copytree(signed, tmp_path / "copy"))
+        (copy / "README.md").write_text("the best model there is")
+        reseal(copy)
+        dvpo("verify", copy).differs("bundle.sig")
