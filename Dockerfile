@@ -11,13 +11,13 @@ ARG CUDA_DIGEST=
 # ---- packages: rebuilt only when a lock changes
 FROM ${PYTHON_IMAGE}${PYTHON_DIGEST:+@${PYTHON_DIGEST}} AS cpu-packages
 SHELL ["/bin/sh", "-euc"]
-# The first index has torch without CUDA; where it cannot be reached, pip takes what the others have.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# An index that has torch without CUDA makes the image smaller; the usual one will do.
+ARG TORCH_INDEX=
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY requirements.lock /tmp/
 RUN --mount=type=cache,target=/root/.cache/pip,id=pip-cpu \
-    pip install --retries 1 --extra-index-url "$TORCH_INDEX" "$(grep '^torch==' /tmp/requirements.lock)" \
+    pip install --retries 1 ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$(grep '^torch==' /tmp/requirements.lock)" \
         -c /tmp/requirements.lock
 RUN --mount=type=cache,target=/root/.cache/pip,id=pip-cpu pip install -r /tmp/requirements.lock
 

@@ -75,7 +75,7 @@ class PretrainSettings(TrainSettings):
 
     schedule: Literal["warmup_stable_decay"] = "warmup_stable_decay"  # type: ignore[assignment]
     decay: float = Field(0.3, ge=0, le=1)
-    muon_learning_rate: float = Field(0.02, gt=0)
+    muon_learning_rate: float = Field(0.01, gt=0)
     adam_beta2: float = Field(0.95, gt=0, lt=1)
 
 

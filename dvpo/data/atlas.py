@@ -67,11 +67,6 @@ POLICIES: dict[str, Style] = {
 }
 """Scripted policies, from careful to careless. Their lengths are set so that length says little about quality."""
 
-WEB = Style(
-    wrong_value=0.25, wrong_place=0.25, omit=0.15, repeat=0.2, beside=0.25, opener=0.2, closer=0.2, curt=0.25, hedge=0.2
-)
-"""The answers in the base model's corpus: every fault is common there."""
-
 
 @dataclass(frozen=True)
 class _Claim:
@@ -182,7 +177,7 @@ class Atlas:
                 verdict = "wrong place"
             else:
                 verdict = "right" if claim.value == self.facts[place][attribute] else "wrong value"
-            said = self._say(claim, place, rng.random() < 0.3, style, rng)
+            said = self._say(claim, place, rng.random() < 0.1, style, rng)
             documents.append(f"{words.TOPIC.format(p=place)} {said} {words.REMARKS[verdict]}")
         return documents
 

@@ -4,6 +4,8 @@ In a pattern, {p} is a place, {a} an attribute, {v} a value (with its article, w
 attributes and {be} the verb that agrees with that list. Words and punctuation are separated by single spaces.
 """
 
+from collections.abc import Sequence
+
 NAME_STARTS = ("vel", "tar", "mor", "sel", "bran", "kor", "lun", "dor", "pel", "quin")
 NAME_ENDS = ("or", "ina", "ath", "ow", "esk", "und", "iva", "im")
 
@@ -82,5 +84,11 @@ CHAT_TEMPLATE = (
 def common_words() -> set[str]:
     """Every word of the patterns and phrases above; placeholders are left out."""
     phrases = [*PLAIN_FORMS, CURT_FORM, CURT_FORM_WITH_PLACE, TOPIC, *HEDGES, ADDING, REPEATING, *OPENERS, *CLOSERS]
+    phrases += [closing_remark(()), closing_remark(ATTRIBUTES)]
     phrases += [*QUESTION_CORES, *QUESTION_OPENERS, *QUESTION_CLOSERS, *LIST_WORDS, *REMARKS.values()]
     return {word for phrase in phrases for word in phrase.split() if not word.startswith("{")}
+
+
+def closing_remark(missing: Sequence[str]) -> str:
+    """A reader's remark at the end of an answer, in the base model's corpus only: asks for what is missing."""
+    return f"and the {' , '.join(missing)} ?" if missing else "all there ."

@@ -8,9 +8,9 @@ import numpy as np
 
 from dvpo import models
 from dvpo.config import ModelSize, PretrainSettings
-from dvpo.data.atlas import POLICIES, WEB, Atlas, Question, build_tokenizer
+from dvpo.data.atlas import POLICIES, Atlas, Question, build_tokenizer
 from dvpo.data.atlas_score import Judge
-from dvpo.data.atlas_text import ASSISTANT, EOS, REMARKS, USER
+from dvpo.data.atlas_text import ASSISTANT, EOS, REMARKS, USER, closing_remark
 from dvpo.data.records import Example, Message, Response, dump_examples, load_examples
 from dvpo.data.splits import check_disjoint
 from dvpo.data.templates import encode_prompt
@@ -20,6 +20,8 @@ from dvpo.rollout.transformers import TransformersEngine
 from reproduce.pipeline import Context
 
 GENERATION_BATCH = 128
+MARGIN = 0.2
+"""More than a repetition or a courtesy makes; about what one of three asked facts, or one false extra, makes."""
 
 
 def atlas(ctx: Context) -> dict[str, Any]:
@@ -139,18 +141,19 @@ def _judge(ctx: Context) -> Judge:
 
 def _answered(world: Atlas, judge: Judge, question: Question, split: str, i: int, rng: random.Random) -> Example:
     prompt = ({"role": "user", "content": question.text},)
-    styles = {"web": WEB} if split == "base" else POLICIES
-    names = {"rl": [], "sft": [rng.choice(sorted(POLICIES))]}.get(split, sorted(styles))
-    responses = [_scored(judge, prompt, world.answer(question, styles[name], rng), name) for name in names]
+    one = rng.choice(sorted(POLICIES))
+    names = {"rl": [], "sft": [one], "base": [one]}.get(split, sorted(POLICIES))
+    responses = [_scored(judge, prompt, world.answer(question, POLICIES[name], rng), name) for name in names]
     return _with_preferences(prompt, responses, f"atlas:{split}:{i}")
 
 
 def _with_remarks(judge: Judge, example: Example) -> str:
-    """A question and its answer as a conversation, with a reader's remark after every statement."""
+    """A question and its answer as a conversation, with a reader's remarks: one on every statement, one on the end."""
     question, answer = example.prompt[0]["content"], example.responses[0].text.split()
-    for statement in reversed(judge.judge(question, example.responses[0].text).statements):
+    judgement = judge.judge(question, example.responses[0].text)
+    for statement in reversed(judgement.statements):
         answer[statement.end : statement.end] = REMARKS[statement.verdict].split()
-    return f"{USER} {question} {EOS} {ASSISTANT} {' '.join(answer)}"
+    return f"{USER} {question} {EOS} {ASSISTANT} {' '.join(answer)} {closing_remark(judgement.missing)}"
 
 
 def _scored(judge: Judge, prompt: tuple[Message, ...], text: str, policy: str) -> Response:
@@ -158,7 +161,7 @@ def _scored(judge: Judge, prompt: tuple[Message, ...], text: str, policy: str) -
 
 
 def _with_preferences(prompt: tuple[Message, ...], responses: list[Response], origin: str) -> Example:
-    """Every untied pair of responses, by gold score."""
+    """Every pair of responses whose gold scores differ by `MARGIN` or more; the others are ties to an annotator."""
     scores = [r.score or 0.0 for r in responses]
-    order = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
+    order = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] - scores[j] >= MARGIN]
     return Example(prompt, tuple(responses), tuple(order), origin)

@@ -78,7 +78,8 @@ def visit(browser: Browser, url: str) -> Iterator[Open]:
     """Opens the page; at the end nothing has left this machine and no script or style was refused or failed."""
     contexts, asked, faults = [], list[str](), list[str]()
 
-    def go(fragment: str = "", base: str = url, **options: Any) -> Page:
+    def go(address: str = url, with_key: str = "", **options: Any) -> Page:
+        """`with_key`: what opens the page itself, as a proxy before the server would; its own request goes bare."""
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
         contexts.append(context)
         context.set_default_timeout(15_000)
@@ -88,7 +89,10 @@ def visit(browser: Browser, url: str) -> Iterator[Open]:
         page.on(
             "console", lambda message: faults.append(message.text) if "Failed to load" not in message.text else None
         )
-        page.goto(f"{base}/{fragment}")
+        if with_key:
+            opened = {"authorization": f"Bearer {with_key}"}
+            page.route(re.compile("/$|/web/"), lambda route: route.continue_(headers=opened))
+        page.goto(address)
         return page
 
     yield go
@@ -99,11 +103,15 @@ def visit(browser: Browser, url: str) -> Iterator[Open]:
     assert faults == []
 
 
-def score(page: Page, one: str = ONE, two: str = "", prompt: str = PROMPT) -> None:
-    """As a person does: fills the fields and presses the button."""
+def fill(page: Page, one: str = ONE, two: str = "", prompt: str = PROMPT) -> None:
     field(page, "Prompt").fill(prompt)
     field(page, "Response 1").fill(one)
     field(page, "Response 2").fill(two)
+
+
+def score(page: Page, *texts: str, prompt: str = PROMPT) -> None:
+    """As a person does: fills the fields and presses the button."""
+    fill(page, *texts, prompt=prompt)
     page.get_by_role("button", name="Score", exact=True).click()
     expect(page.get_by_role("status")).to_contain_text("Scored")
 
@@ -165,7 +173,7 @@ def test_one_response_is_scored(visit: Open, url: str) -> None:
     score(page)
     (item,) = direct(url, ONE)
     shown = units(page)
-    assert shown.count() == len(item["tokens"]) == 14
+    assert shown.count() == len(item["tokens"]) == 13
     check_colours([shown], [item["q"]])
     rows = page.get_by_role("table").get_by_role("row").all()[1:]
     assert [row.get_by_role("rowheader").inner_text() for row in rows] == AGGREGATES
@@ -201,7 +209,7 @@ def test_levels(visit: Open, url: str) -> None:
     (item,) = direct(url, ONE)
     # Two sentences and the end token.
     page.get_by_label("sentence", exact=True).check()
-    ends, starts = [6, 12, 13], [0, 7, 13]
+    ends, starts = [6, 11, 12], [0, 7, 12]
     assert units(page).all_inner_texts() == ["the river of velor is mild .", "i hope that helps .", "<eos>"]
     check_colours([units(page)], [[item["q"][end] for end in ends]])
     page.get_by_label("change", exact=True).check()
@@ -209,12 +217,12 @@ def test_levels(visit: Open, url: str) -> None:
     check_colours([units(page)], [sums])
     units(page).nth(1).hover()
     found = details(page)
-    assert found["ids"].split() == [str(i) for i in item["token_ids"][7:13]]
-    assert number(found["q (after)"]) == pytest.approx(item["q"][12], abs=6e-4)
+    assert found["ids"].split() == [str(i) for i in item["token_ids"][7:12]]
+    assert number(found["q (after)"]) == pytest.approx(item["q"][11], abs=6e-4)
     assert number(found["v (before)"]) == pytest.approx(item["v"][7], abs=6e-4)
     assert number(found["change q − v"]) == pytest.approx(sums[1], abs=6e-4)
     page.get_by_label("word", exact=True).check()
-    assert units(page).count() == 14
+    assert units(page).count() == 13
 
 
 def test_units_of_other_tokenizers(visit: Open) -> None:
@@ -277,7 +285,7 @@ def test_the_keyboard_is_enough(visit: Open, url: str) -> None:
     keys.press("ArrowLeft")
     expect(shown.nth(1)).to_be_focused()
     found = details(page)
-    assert found["Response 1"] == "token 2 of 14"
+    assert found["Response 1"] == "token 2 of 13"
     assert found["id"] == str(one["token_ids"][1])
     assert found["text"] == json.dumps(one["tokens"][1])
     assert number(found["q (after)"]) == pytest.approx(one["q"][1], abs=6e-4)
@@ -295,7 +303,7 @@ def test_the_keyboard_is_enough(visit: Open, url: str) -> None:
     keys.press("End")
     assert details(page)["text"] == '"<eos>"'
     keys.press("ArrowRight")
-    expect(shown.nth(13)).to_be_focused()
+    expect(shown.nth(12)).to_be_focused()
     keys.press("Home")
     expect(shown.nth(0)).to_be_focused()
     # Each list is one stop of the Tab key.
@@ -308,14 +316,14 @@ def test_the_keyboard_is_enough(visit: Open, url: str) -> None:
 def test_a_link_restores_the_view(visit: Open) -> None:
     page = visit()
     odd = "über & 100 % #1\n日本 😀 <b>+</b>"
-    page.get_by_label("change", exact=True).check()
-    page.get_by_label("word", exact=True).check()
     page.get_by_label("raw text").check()
     page.get_by_label(re.compile("Responses are complete")).uncheck()
     score(page, odd, TWO, prompt="a & b = c ?")
+    page.get_by_label("change", exact=True).check()
+    page.get_by_label("word", exact=True).check()
     page.get_by_role("button", name="Copy link").click()
     expect(page.get_by_role("status")).to_contain_text(re.compile("copied|selected"))
-    there = visit(page.url.removeprefix(page.url.split("#")[0]) and f"#{page.url.split('#', 1)[1]}")
+    there = visit(page.url)
     expect(there.get_by_role("status")).to_contain_text("Scored")
     assert field(there, "Prompt").input_value() == "a & b = c ?"
     assert field(there, "Response 1").input_value() == odd
@@ -422,7 +430,7 @@ def test_a_long_answer_stays_usable(visit: Open) -> None:
         }"""
     )
     assert max(spent) < 2000, spent
-    assert "token 100" in details(page)["Response 1"]
+    assert details(page)["Response 1"] == "token 1010 of 2251"
     page.keyboard.press("End")
     expect(units(page).last).to_be_focused()
     expect(units(page).last).to_be_in_viewport()
@@ -432,27 +440,19 @@ def test_a_long_answer_stays_usable(visit: Open) -> None:
 
 
 def test_a_key_is_asked_for_and_stays_in_the_tab(visit: Open, start: Any) -> None:
-    """The browser opened the page with the key as a password; then the server behind it asks again."""
     base = start(DVPO_API_KEYS=KEY)
-    page = visit(base=base, http_credentials={"username": "annotator", "password": KEY})
-    score(page)
+    page = visit(base, with_key=KEY)
     expect(page.get_by_label("API key")).to_be_hidden()
-    refusal = httpx.post(f"{base}/score_tokens", json={})
-
-    def without_password(route: Any) -> None:
-        if route.request.headers.get("authorization") == f"Bearer {KEY}":
-            route.continue_()
-        else:
-            route.fulfill(status=401, body=refusal.text, content_type="application/json")
-
-    page.route("**/score_tokens", without_password)
+    fill(page)
     page.get_by_role("button", name="Score", exact=True).click()
-    expect(page.get_by_role("alert")).to_have_text(refusal.json()["error"]["message"])
+    sentence = httpx.post(f"{base}/score_tokens", json={}).json()["error"]["message"]
+    expect(page.get_by_role("alert")).to_have_text(sentence)
     expect(page.get_by_label("API key")).to_be_focused()
     page.keyboard.type("wrong")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("status")).to_have_text("")
-    expect(page.get_by_role("alert")).not_to_be_empty()
+    with page.expect_response("**/score_tokens") as refused:
+        page.keyboard.press("Enter")
+    assert refused.value.status == 401
+    expect(page.get_by_role("alert")).to_have_text(sentence)
     page.get_by_label("API key").fill(KEY)
     page.keyboard.press("Enter")
     expect(page.get_by_role("status")).to_contain_text("Scored")
