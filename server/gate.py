@@ -54,7 +54,12 @@ class Gate:
             await self._app(scope, bodies, exchange)
         except ApiError as refusal:
             scope["dvpo.refused"] = refusal.kind
-            await refusal.response()(scope, receive, exchange)
+            reply = refusal.response()
+            if refusal.status_code == 401:
+                # A header line for each: browsers do not read two schemes in one.
+                for scheme in ("Bearer", 'Basic realm="dvpo", charset="UTF-8"'):
+                    reply.headers.append("www-authenticate", scheme)
+            await reply(scope, receive, exchange)
         except Exception as error:
             scope["dvpo.refused"] = "internal_error"
             # The frames without the error's own message, which may quote what was sent.
@@ -70,8 +75,7 @@ class Gate:
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         if scope["path"] not in _OPEN and not allows(self._settings.api_keys, headers.get("authorization")):
-            challenge = {"www-authenticate": 'Bearer, Basic realm="dvpo", charset="UTF-8"'}
-            raise ApiError(401, "no valid API key; send Authorization: Bearer KEY", "unauthorized", headers=challenge)
+            raise ApiError(401, "no valid API key; send Authorization: Bearer KEY", "unauthorized")
         if scope["method"] == "POST" and self.draining:
             raise ApiError(503, STOPPING, "stopping", headers={"retry-after": "5", "connection": "close"})
         length = headers.get("content-length", "")

@@ -1,8 +1,8 @@
 """Reads preference data and prompts from files, folders and the hub into the one internal form.
 
 Rows are recognised by their fields: pairs (`prompt, chosen, rejected`), groups (`prompt, completions`), transcripts
-(`chosen, rejected` as "Human: ... Assistant: ..." text) and bare prompts. Nothing is dropped silently: what cannot be
-used is counted in `Notes`, and malformed rows stop the reading with their places.
+(`chosen, rejected` as "Human: ... Assistant: ..." text), bare prompts, and what this package wrote itself. Nothing is
+dropped silently: what cannot be used is counted in `Notes`, and malformed rows stop the reading with their places.
 """
 
 import gzip
@@ -17,7 +17,7 @@ from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
-from dvpo.data.records import Example, Message, Response
+from dvpo.data.records import Example, Message, Response, from_json
 from dvpo.data.splits import brief, data_files, hub_rows, is_hub_id, listed
 from dvpo.data.splits import prompt_key as prompt_key
 from dvpo.errors import InputError
@@ -187,6 +187,8 @@ def _kind(row: dict[str, Any]) -> str:
         return "group"
     if compared:
         return "transcript" if "prompt" not in row and isinstance(compared[0], str) else "pair"
+    if {"responses", "preferences", "origin"} <= row.keys():
+        return "example"
     if "response" in row:
         raise _Malformed('field "response" stands outside "completions"')
     if "prompt" in row:
@@ -202,6 +204,8 @@ def _example(row: dict[str, Any], kind: str, origin: str, counts: Counter[str]) 
         raise _Malformed(f"a {own} row stands among {kind} rows")
     if kind == "prompt":
         return Example(_prompt(row), (), (), origin)
+    if kind == "example":
+        return _own(row)
     if kind == "group":
         prompt = _prompt(row, "instruction" if "instruction" in row and "prompt" not in row else "prompt")
         responses = _completions(row)
@@ -209,6 +213,17 @@ def _example(row: dict[str, Any], kind: str, origin: str, counts: Counter[str]) 
         pairs = [(i, j) if a >= b else (j, i) for (a, i), (b, j) in combinations(scored, 2)]
         return _judged(prompt, responses, pairs, origin, counts)
     return _compared(row, kind, origin, counts)
+
+
+def _own(row: dict[str, Any]) -> Example:
+    """A row that `dvpo.data.records.dump_examples` wrote."""
+    try:
+        example = from_json(row)
+        for pair in example.preferences:
+            _ = [example.responses[i] for i in pair]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise _Malformed(f"the row looks like an example of this package but is not one ({error!r})") from error
+    return example
 
 
 def _judged(

@@ -4,15 +4,24 @@ The action value of token t is Q_t = h_t and the value before it is V_t = h_{t-1
 the model says that this token did to the answer. A good model steps down at a wrong token. EOS counts nowhere.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dvpo import models
+from dvpo.data.atlas_score import Judge
+from dvpo.data.pairs import Encoder, Pick
+from dvpo.data.records import Example
+from dvpo.errors import InputError
 from dvpo.evaluation.intervals import mean_with_interval
+from dvpo.values import score_all
 
 Floats = NDArray[np.float64]
 Reading = Literal["value steps", "spread score"]
@@ -31,6 +40,60 @@ class Marked:
     values: Tensor
     wrong: tuple[int, ...]
     group: int
+
+
+def evaluate_credit(
+    folder: str | Path,
+    examples: Sequence[Example],
+    world: dict[str, Any],
+    *,
+    per_prompt: int,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Where a model puts the blame, against the judge's wrong words.
+
+    Args:
+        folder: a GVM, critic or ScalarRM of the built-in world, whose tokenizer has a token per word, so that a wrong
+            word's index is its token's.
+        world: what `Atlas.to_json` gives.
+        per_prompt: responses of each example, a seeded choice.
+
+    Returns:
+        What `credit_table` gives, with "reading" and "left_out", the responses over a length limit.
+
+    Raises:
+        InputError: not one token per word, or no wrong word at all.
+    """
+    role = models.role_of(folder)
+    model: Any = models.load(folder, "reward" if role == "reward" else "value")
+    if torch.cuda.is_available():
+        model.to("cuda")
+    tokenizer: Any = models.load_tokenizer(folder)
+    encoder = Encoder(tokenizer, examples, max_prompt_tokens, max_response_tokens)
+    judge, rng = Judge(world), random.Random(seed)
+    texts, truths, left_out = [], [], 0
+    for i, example in enumerate(examples):
+        n = len(example.responses)
+        for j in sorted(rng.sample(range(n), min(per_prompt, n))):
+            words = example.responses[j].text
+            text = encoder.text(Pick(i, j))
+            if text is None or text.response_ids[-1] != tokenizer.eos_token_id:
+                left_out += 1
+                continue
+            if len(text.response_ids) != len(words.split()) + 1:
+                raise InputError(
+                    f"{example.origin}: response {j} has not one token per word; give a model of the built-in world"
+                )
+            texts.append(text)
+            truths.append((judge.judge(example.prompt[-1]["content"], words).wrong_words, i))
+    if not any(wrong for wrong, _ in truths):
+        raise InputError("no chosen answer has a wrong word; take more of them")
+    values = dict(score_all(model, texts, tokenizer.pad_token_id))
+    marked = [Marked(values[k], *truth) for k, truth in enumerate(truths)]
+    reading: Reading = "spread score" if role == "reward" else "value steps"
+    return {"reading": reading, **credit_table(marked, reading), "left_out": left_out}
 
 
 def steps(values_S: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dvpo.data.formats import Notes, prompt_key, read
-from dvpo.data.records import Example, Response
+from dvpo.data.records import Example, Response, dump_examples
 from dvpo.data.splits import check_disjoint
 from dvpo.errors import InputError
 from dvpo.files import sha256_file
@@ -53,6 +53,18 @@ def test_a_pair_with_all_its_fields(data: Path) -> None:
     write(data, {**PAIR, "score_chosen": 9, "score_rejected": 7.5, "chosen_model": "a", "rejected_model": "b"})
     responses = (Response("good", "a", 9.0), Response("bad", "b", 7.5))
     assert only(data) == Example((user("Q?"),), responses, ((0, 1),), "data.jsonl:1")
+
+
+def test_what_the_package_wrote_is_read_back(data: Path) -> None:
+    responses = (Response("good", "a", 1.0), Response("bad", None, None))
+    example = Example((user("Q?"),), responses, ((0, 1),), "world:3")
+    dump_examples([example], data)
+    assert only(data) == example
+    for name, value in (("responses", [{"words": 1}]), ("preferences", [[0, 5]]), ("prompt", 3)):
+        write(data, {**json.loads(data.read_text().splitlines()[0]), name: value})
+        with pytest.raises(InputError, match=r"data\.jsonl:1"):
+            read(data)
+        dump_examples([example], data)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -117,7 +118,17 @@ class TestLight:
         assert (f"dvpo {dvpo.__version__}\n" == done.stdout) if option == "--version" else "reproduce" in done.stdout
 
     @pytest.mark.parametrize(
-        "name", [(), ("doctor",), ("reproduce",), ("train",), ("score",), ("evaluate",), ("evaluate", "pairwise")]
+        "name",
+        [
+            (),
+            ("doctor",),
+            ("reproduce",),
+            ("train",),
+            ("score",),
+            ("evaluate",),
+            ("evaluate", "pairwise"),
+            ("evaluate", "credit"),
+        ],
     )
     def test_every_command_has_help(self, command: Any, name: tuple[str, ...]) -> None:
         done = command(*name, "--help")
@@ -420,6 +431,45 @@ class TestModels:
         assert document["pairs"] == 4
         assert document["accuracy"]["chance"]["accuracy"] == 0.5
         assert document["accuracy"]["longer wins"]["accuracy"] == 1.0
+
+    def test_evaluate_credit(self, command: Any, tmp_path: Path) -> None:
+        import torch
+
+        from dvpo import models
+        from dvpo.config import ModelSize
+        from dvpo.data.atlas import POLICIES, Atlas, build_tokenizer
+
+        world = Atlas.build(0, 6)
+        tokenizer = build_tokenizer(world)
+        models.save(models.new_policy(tokenizer, ModelSize(hidden=16, layers=1, heads=2), 0), tokenizer, tmp_path / "p")
+        value = models.load(tmp_path / "p", "value", fresh_head=True)
+        torch.nn.init.normal_(models.head(value).weight)
+        models.save(value, tokenizer, tmp_path / "value")
+        (tmp_path / "world.json").write_text(json.dumps(world.to_json()))
+        rng = random.Random(0)
+        rows = [
+            {"prompt": q.text, "completions": [{"model": "m", "response": world.answer(q, POLICIES["guesser"], rng)}]}
+            for q in world.questions(0, 40)
+        ]
+        data = write_rows(tmp_path / "answers.jsonl", *rows)
+        asked = (
+            "evaluate",
+            "credit",
+            "--model",
+            tmp_path / "value",
+            "--data",
+            data,
+            "--world",
+            tmp_path / "world.json",
+        )
+        found = json.loads(command(*asked, "--json").out)
+        assert (found["reading"], found["n_responses"]) == ("value steps", 40)
+        assert found["auroc_ci95"][0] <= found["auroc"] <= found["auroc_ci95"][1]
+        assert 0 < found["lowest_chance"] < 0.3
+        assert "lowest step is on a wrong word" in command(*asked).out
+        refused(command(*asked[:-1], data), "answers.jsonl", "world.json")
+        other = write_rows(tmp_path / "other.jsonl", {**rows[0], "prompt": "what is the river of nowhere ?"})
+        refused(command(*asked[:5], other, *asked[6:]), "cannot read the question")
 
     def test_evaluate_pairwise_as_text(self, command: Any, folders: dict[str, Path], preferences: Path) -> None:
         done = command("evaluate", "pairwise", "--model", folders["value"], "--data", preferences, "--most", "2")

@@ -461,6 +461,16 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(visit: Open, start: Any) -> Non
     assert KEY not in kept[3]
 
 
+def test_the_browsers_own_log_in_opens_the_page(browser: Browser, start: Any) -> None:
+    base = start(DVPO_API_KEYS=KEY)
+    for password, status in ((KEY, 200), ("wrong", 401)):
+        context = browser.new_context(http_credentials={"username": "", "password": password})
+        answer = context.new_page().goto(base)
+        assert answer is not None
+        assert answer.status == status
+        context.close()
+
+
 def test_the_page_needs_nothing_from_outside(url: str) -> None:
     """No inline script or style, and every file that is named is served."""
     html = httpx.get(url).text
