@@ -47,7 +47,7 @@ lock:
 
 lock-gpu:
 	grep -vE '^(numpy|setuptools)==' requirements.lock > $(VENV)/constraints.txt
-	uv pip compile pyproject.toml --extra gpu --extra dev --extra sign -c $(VENV)/constraints.txt --python-platform x86_64-unknown-linux-gnu --python-version 3.12 --no-header --no-annotate -o requirements.gpu.lock
+	uv pip compile pyproject.toml --extra gpu --extra serve --extra dev --extra sign -c $(VENV)/constraints.txt --python-platform x86_64-unknown-linux-gnu --python-version 3.12 --no-header --no-annotate -o requirements.gpu.lock
 
 clean:
 	rm -rf $(VENV) runs

@@ -235,8 +235,8 @@ def disable_dropout(model: Any) -> None:
             module.attention_dropout = 0.0  # Llama and its kin keep the rate as a number
 
 
-def _load_stock(base: str | Path, role: Role, dtype: torch.dtype, fresh_head: bool) -> Any:
-    settings: dict[str, Any] = {"dtype": dtype}
+def _load_stock(base: str | Path, role: Role, dtype: torch.dtype, fresh_head: bool, revision: str | None = None) -> Any:
+    settings: dict[str, Any] = {"dtype": dtype, "revision": revision}
     if role != "policy":
         settings["num_labels"] = 1
     log = logging.getLogger("transformers")
@@ -263,7 +263,8 @@ def _load_merged(folder: str | Path, role: Role | None, dtype: torch.dtype) -> A
     adapter = _adapter(folder)
     if adapter is None or role is None:
         raise InputError(f"{folder}: the adapter is of an unknown task; train it with this package")
-    model = _load_stock(adapter["base_model_name_or_path"], role, dtype, fresh_head=role != "policy")
+    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    model = _load_stock(base, role, dtype, fresh_head=role != "policy", revision=revision)
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 

@@ -56,9 +56,11 @@ class Gate:
             scope["dvpo.refused"] = refusal.kind
             reply = refusal.response()
             if refusal.status_code == 401:
-                # A header line for each: browsers do not read two schemes in one.
-                for scheme in ("Bearer", 'Basic realm="dvpo", charset="UTF-8"'):
-                    reply.headers.append("www-authenticate", scheme)
+                reply.headers.append("www-authenticate", "Bearer")
+                if "text/html" in headers.get("accept", ""):
+                    # Only where a browser opens a page: it would cover the page's own question for the key. In a
+                    # header line of its own, for browsers do not read two schemes in one.
+                    reply.headers.append("www-authenticate", 'Basic realm="dvpo", charset="UTF-8"')
             await reply(scope, receive, exchange)
         except Exception as error:
             scope["dvpo.refused"] = "internal_error"

@@ -1,5 +1,6 @@
 """`dvpo serve`: a checkpoint behind HTTP, until it is told to stop."""
 
+import importlib.util
 import os
 import socket
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from server.backends import Backend
 
 RELEASED = Path(dvpo.__file__).parents[1] / "artifacts" / "checkpoints" / "gvm-tiny"
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "structlog")
 _BACKENDS = ("transformers", "vllm")
 _DTYPES = ("float32", "bfloat16")
 
@@ -49,6 +51,8 @@ def run(request: Request) -> None:
     """
     from dvpo.objectives.td import AGGREGATES
 
+    if lacking := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise InputError(f"the server needs {', '.join(lacking)}; install them with pip install 'dvpo[serve]'")
     _one_of("--backend", request.backend, _BACKENDS)
     _one_of("--dtype", request.dtype, _DTYPES)
     _one_of("--reward", request.reward, AGGREGATES)

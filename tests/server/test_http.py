@@ -420,7 +420,7 @@ def test_what_a_client_left_behind_is_not_scored(build: Any, live: Any) -> None:
         assert found[0].status_code == 200
         assert len(served.backend.seen) == 1, "only the text of the client that stayed"
         eventually(lambda: 'code="499",route="/score_tokens"} 1.0' in httpx.get(f"{url}/metrics").text)
-        assert served.app.state.gate.working == 0
+        eventually(lambda: served.app.state.gate.working == 0)
 
 
 def test_stopping_finishes_what_was_taken_and_refuses_the_rest(build: Any) -> None:

@@ -38,11 +38,16 @@ def test_every_route_but_health_asks_for_a_key(locked: TestClient, method: str, 
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer first-ke"}):
         reply = locked.request(method, path, headers=headers, content=b"{")
         assert reply.status_code == 401
-        assert reply.headers.get_list("www-authenticate") == ["Bearer", 'Basic realm="dvpo", charset="UTF-8"']
+        assert reply.headers.get_list("www-authenticate") == ["Bearer"]
         assert reply.json()["error"]["type"] == "unauthorized"
     for key in KEYS:
         assert locked.request(method, path, headers={"authorization": f"Bearer {key}"}).status_code != 401
     assert locked.get("/health").status_code == 200
+
+
+def test_a_browser_that_opens_a_page_is_asked_to_log_in(locked: TestClient) -> None:
+    schemes = locked.get("/", headers={"accept": "text/html,*/*"}).headers.get_list("www-authenticate")
+    assert schemes == ["Bearer", 'Basic realm="dvpo", charset="UTF-8"']
 
 
 def test_every_route_is_tried_above(locked: TestClient) -> None:

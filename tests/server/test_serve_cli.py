@@ -199,6 +199,11 @@ def test_wrong_command_lines(refused: Any, tmp_path: Path) -> None:
     refused("--port", "70000", words="--port")
 
 
+def test_missing_packages_are_named_with_the_way_to_get_them(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_PACKAGES", ("fastapi", "no_such_package"))
+    refused(words="no_such_package; install them with pip install 'dvpo[serve]'")
+
+
 def test_a_server_open_to_others_needs_a_key_or_a_plain_word(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVPO_API_KEYS", raising=False)
     for host in ("0.0.0.0", "::", "192.0.2.1"):

@@ -417,11 +417,11 @@ def test_greedy_tokens_are_the_plain_argmax_whoever_is_beside_them(starts, token
 def test_samples_end_at_eos_and_follow_the_seed_alone(starts, tokenizer, prompt_ids, arch: str) -> None:
     engine = TransformersEngine(models.load(starts[arch], "policy").eval(), tokenizer, 12, 1.0)
     before = torch.get_rng_state()
-    first = engine.generate(prompt_ids * 4, seed=3)
+    first = engine.generate(prompt_ids * 16, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
-    assert engine.generate(prompt_ids * 4, seed=3) == first
-    assert engine.generate(prompt_ids * 4, seed=4) != first
+    assert engine.generate(prompt_ids * 16, seed=3) == first
+    assert engine.generate(prompt_ids * 16, seed=4) != first
     eos = tokenizer.eos_token_id
     ended = [r for r in first if r[-1] == eos]
     assert 0 < len(ended) < len(first)
