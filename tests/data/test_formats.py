@@ -387,10 +387,14 @@ def test_a_malformed_parquet_row_is_named(data: Path) -> None:
     [
         ("a.jsonl", b"", "has no rows"),
         ("a.jsonl", b"\n \n", "has no rows"),
-        ("a.jsonl.gz", gzip.compress(b""), "has no rows"),
-        ("a.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 50)[:-9], "truncated or broken gzip"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "has no rows"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 50, mtime=0)[:-9], "truncated or broken gzip"),
         ("a.jsonl.gz", json.dumps(PAIR).encode(), "truncated or broken gzip"),
-        ("a.jsonl.gz", gzip.compress(json.dumps(PAIR).encode())[:12] + b"\xff" * 40, "truncated or broken gzip"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(json.dumps(PAIR).encode(), mtime=0)[:12] + b"\xff" * 40,
+            "truncated or broken gzip",
+        ),
         ("a.parquet", b"no parquet", "cannot be read as parquet"),
         ("a.parquet", b"", "cannot be read as parquet"),
         ("a.json", b"{}", "not a data file"),
