@@ -17,7 +17,7 @@ from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
-from dvpo.data.records import Example, Message, Response, from_json
+from dvpo.data.records import Example, Message, Response
 from dvpo.data.splits import brief, data_files, hub_rows, is_hub_id, listed
 from dvpo.data.splits import prompt_key as prompt_key
 from dvpo.errors import InputError
@@ -216,14 +216,15 @@ def _example(row: dict[str, Any], kind: str, origin: str, counts: Counter[str]) 
 
 
 def _own(row: dict[str, Any]) -> Example:
-    """A row that `dvpo.data.records.dump_examples` wrote."""
-    try:
-        example = from_json(row)
-        for pair in example.preferences:
-            _ = [example.responses[i] for i in pair]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _Malformed(f"the row looks like an example of this package but is not one ({error!r})") from error
-    return example
+    """A row that `dvpo.data.records.dump_examples` wrote; it names its own origin."""
+    responses = _completions(row, "responses", "text")
+    preferences = []
+    for number, pair in enumerate(_checked(row["preferences"], list, "preferences")):
+        places = _checked(pair, list, f"preferences[{number}]")
+        if len(places) != 2 or not all(type(i) is int and 0 <= i < len(responses) for i in places):
+            raise _Malformed(f'field "preferences[{number}]" is not two places in "responses"')
+        preferences.append((places[0], places[1]))
+    return Example(_prompt(row), tuple(responses), tuple(preferences), _text(row["origin"], "origin"))
 
 
 def _judged(
@@ -301,12 +302,12 @@ def _turns(row: dict[str, Any], name: str) -> _Prompt:
     return tuple(turns)
 
 
-def _completions(row: dict[str, Any]) -> list[Response]:
+def _completions(row: dict[str, Any], field: str = "completions", text_name: str = "response") -> list[Response]:
     found = []
-    for number, item in enumerate(_checked(row.get("completions"), list, "completions")):
-        name = f"completions[{number}]."
+    for number, item in enumerate(_checked(row.get(field), list, field)):
+        name = f"{field}[{number}]."
         fields = {name + key: value for key, value in _object(item, name[:-1]).items()}
-        text = _text(fields.get(f"{name}response"), f"{name}response")
+        text = _text(fields.get(f"{name}{text_name}"), f"{name}{text_name}")
         policy = _policy(fields, f"{name}model", f"{name}policy")
         found.append(Response(text, policy, _score(fields, f"{name}overall_score", f"{name}score")))
     return found

@@ -45,11 +45,10 @@ def dump_examples(examples: Iterable[Example], path: Path) -> None:
 def load_examples(path: Path) -> list[Example]:
     """Reads what `dump_examples` wrote."""
     with open(path, encoding="utf-8") as f:
-        return [from_json(json.loads(line)) for line in f]
+        return [_from_json(json.loads(line)) for line in f]
 
 
-def from_json(row: dict[str, Any]) -> Example:
-    """One example of such a file."""
+def _from_json(row: dict[str, Any]) -> Example:
     return Example(
         prompt=tuple(row["prompt"]),
         responses=tuple(Response(**r) for r in row["responses"]),

@@ -9,13 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from reproduce.commands.common import print_json, table_text
+from reproduce.recipe import FOLDER
 
 GB = 1e9
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe asks of the machine: GPUs of so many GB, memory, disk, the gpu packages, weights from the hub."""
+    """What a recipe asks of the machine: GPUs of so many GB, memory, disk, the gpu packages, weights from the hub.
+
+    The figures of the paper's sizes are estimates; nothing of that size was run.
+    """
 
     recipe: str
     gpus: int = 0
@@ -128,6 +132,8 @@ def gpus() -> list[tuple[str, float]]:
 def lacking(needs: Needs, machine: Machine) -> list[str]:
     """What a recipe needs that is not here, each with the way to get it."""
     lines = []
+    if not (FOLDER / f"{needs.recipe}.yaml").is_file():
+        lines.append("its recipe, which is not written yet: name one of your own with --recipe FILE.yaml")
     if any(not package.fits for package in machine.packages):
         lines.append("packages at their pinned versions: pip install -r requirements.lock")
     large = sum(size >= needs.gpu_gb for _, size in machine.gpus)

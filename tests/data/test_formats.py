@@ -60,11 +60,12 @@ def test_what_the_package_wrote_is_read_back(data: Path) -> None:
     example = Example((user("Q?"),), responses, ((0, 1),), "world:3")
     dump_examples([example], data)
     assert only(data) == example
-    for name, value in (("responses", [{"words": 1}]), ("preferences", [[0, 5]]), ("prompt", 3)):
-        write(data, {**json.loads(data.read_text().splitlines()[0]), name: value})
-        with pytest.raises(InputError, match=r"data\.jsonl:1"):
+    row = json.loads(data.read_text())
+    broken = [("prompt", 3), ("prompt", ["Q?"]), ("origin", 7), ("responses", [{"words": 1}]), ("responses", "good")]
+    for name, value in [*broken, *(("preferences", p) for p in ([[0, 5]], [[0, -1]], [[0]], [3], [[0, True]]))]:
+        write(data, {**row, name: value})
+        with pytest.raises(InputError, match=rf"data\.jsonl:1.*{name}"):
             read(data)
-        dump_examples([example], data)
 
 
 @pytest.mark.parametrize(
