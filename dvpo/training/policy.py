@@ -21,13 +21,14 @@ from dvpo.config import PolicySettings
 from dvpo.data.records import Message
 from dvpo.data.templates import Encoded, encode_prompt
 from dvpo.errors import InputError
+from dvpo.logprobs import response_logprobs
 from dvpo.objectives.advantages import ESTIMATORS, Signals, discounted_sum
 from dvpo.objectives.kl import AdaptiveKL, kl_loss, kl_rewards
-from dvpo.objectives.policy_loss import critic_loss, policy_loss, token_logprobs
+from dvpo.objectives.policy_loss import critic_loss, policy_loss
 from dvpo.objectives.stats import masked_mean, masked_whiten
 from dvpo.rollout.transformers import TransformersEngine
 from dvpo.training.policy_state import load_state, save_state
-from dvpo.values import ValueBatch, collate, position_ids, sequence_scores, token_values
+from dvpo.values import ValueBatch, collate, sequence_scores, token_values
 
 Prompt = tuple[Message, ...]
 Monitor = Callable[[Sequence[Prompt], Sequence[str]], dict[str, float]]
@@ -57,24 +58,6 @@ class Rollouts:
     advantages: Tensor
     old_values: Tensor | None = None
     returns: Tensor | None = None
-
-
-def response_logprobs(model: Any, batch: ValueBatch, temperature: float) -> Tensor:
-    """log pi(y_t | s_t) of every response token, 0 at padding. The logits of the prompt are not computed. [B, T]."""
-    length = batch.input_ids_B_L.shape[1]
-    keep = length - int(batch.states_B_S[:, 0].min())
-    logits_B_K_V = model(
-        input_ids=batch.input_ids_B_L,
-        attention_mask=batch.attention_mask_B_L,
-        position_ids=position_ids(batch.attention_mask_B_L),
-        logits_to_keep=keep,
-        use_cache=False,
-    ).logits
-    mask_B_T = batch.mask_B_S[:, 1:]
-    before_B_T = torch.where(mask_B_T, batch.states_B_S[:, :-1] - (length - keep), 0)
-    actions_B_T = batch.input_ids_B_L.gather(1, batch.states_B_S[:, 1:])
-    logits_B_T_V = logits_B_K_V.gather(1, before_B_T[..., None].expand(-1, -1, logits_B_K_V.shape[-1]))
-    return torch.where(mask_B_T, token_logprobs(logits_B_T_V, actions_B_T, temperature), 0)
 
 
 class OnlineTrainer:
