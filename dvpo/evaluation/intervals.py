@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 Interval = tuple[float, float]
+_AT_ONCE = 200
+"""Resamples that are drawn together: keeps a draw over tens of thousands of prompts below some hundred MB."""
 
 
 def mean_with_interval(
@@ -18,18 +21,26 @@ def mean_with_interval(
     Raises:
         ValueError: no values.
     """
-    x = np.asarray(values, dtype=np.float64)
-    if x.size == 0:
+    return means_with_intervals([values], groups, resamples, seed)[0]
+
+
+def means_with_intervals(
+    measures: Sequence[Sequence[float]], groups: Sequence[int] | None = None, resamples: int = 2000, seed: int = 0
+) -> list[tuple[float, Interval]]:
+    """`mean_with_interval` of several measures of the same things, all read off the same resamples.
+
+    Raises:
+        ValueError: no values.
+    """
+    x_K_N = np.asarray(measures, dtype=np.float64)
+    if x_K_N.size == 0:
         raise ValueError("the mean of no values is undefined")
-    index = np.arange(x.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    sums, counts = np.bincount(index, weights=x), np.bincount(index).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for start in range(0, resamples, 200):  # 200 at a time keeps the draw below some tens of MB
-        draw = rng.integers(0, sums.size, (min(200, resamples - start), sums.size))
-        means[start : start + len(draw)] = sums[draw].sum(1) / counts[draw].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(x.mean()), (float(low), float(high))
+    means_K_R = _resampled_means(x_K_N, groups, resamples, np.random.default_rng(seed))
+    bounds_2_K = np.percentile(means_K_R, [2.5, 97.5], axis=1)
+    return [
+        (float(x.mean()), (float(low), float(high)))
+        for x, low, high in zip(x_K_N, bounds_2_K[0], bounds_2_K[1], strict=True)
+    ]
 
 
 def mean_over_seeds(
@@ -44,16 +55,28 @@ def mean_over_seeds(
         values: per seed, its values. groups: per seed, the prompt of every value.
     """
     rng = np.random.default_rng(seed)
-    means = np.empty((len(values), resamples))
-    for i, x in enumerate(values):
-        index = np.arange(len(x)) if groups is None else np.unique(np.asarray(groups[i]), return_inverse=True)[1]
-        sums, counts = (
-            np.bincount(index, weights=np.asarray(x, dtype=np.float64)),
-            np.bincount(index).astype(np.float64),
-        )
-        for start in range(0, resamples, 200):
-            draw = rng.integers(0, sums.size, (min(200, resamples - start), sums.size))
-            means[i, start : start + len(draw)] = sums[draw].sum(1) / counts[draw].sum(1)
+    means_S_R = np.stack([
+        _resampled_means(np.asarray([x], dtype=np.float64), groups[i] if groups else None, resamples, rng)[0]
+        for i, x in enumerate(values)
+    ])  # fmt: skip
     drawn = rng.integers(0, len(values), (len(values), resamples))
-    low, high = np.percentile(means[drawn, np.arange(resamples)].mean(0), [2.5, 97.5])
+    low, high = np.percentile(means_S_R[drawn, np.arange(resamples)].mean(0), [2.5, 97.5])
     return float(np.mean([np.mean(x) for x in values])), (float(low), float(high))
+
+
+def _resampled_means(
+    x_K_N: NDArray[np.float64], groups: Sequence[int] | None, resamples: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """The means of K measures in every resample of whole groups. [K, R]."""
+    n = x_K_N.shape[1]
+    index = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums_K_G = np.stack([np.bincount(index, weights=x) for x in x_K_N])
+    counts_G = np.bincount(index).astype(np.float64)
+    size = counts_G.size
+    means_K_R = np.empty((len(x_K_N), resamples))
+    for start in range(0, resamples, _AT_ONCE):
+        rows = min(_AT_ONCE, resamples - start)
+        draw = rng.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
+        times_R_G = np.bincount(draw.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
+        means_K_R[:, start : start + rows] = (sums_K_G @ times_R_G.T) / (times_R_G @ counts_G)
+    return means_K_R

@@ -12,7 +12,7 @@ from dvpo import models
 from dvpo.data.pairs import EncodedPair, Encoder, preference_picks
 from dvpo.data.records import Example
 from dvpo.errors import InputError
-from dvpo.evaluation.intervals import mean_with_interval
+from dvpo.evaluation.intervals import means_with_intervals
 from dvpo.objectives.td import AGGREGATES, aggregate
 from dvpo.values import score_all
 
@@ -42,12 +42,12 @@ def accuracies(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         {name: {"accuracy", "ci95": [low, high], "n": pairs}}; `longer wins` prefers the response of more tokens and
         `chance` is 0.5 by definition.
     """
-    groups = [r["prompt"] for r in rows]
-    table: dict[str, dict[str, Any]] = {}
-    for key in rows[0]["better"]:
-        mean, interval = mean_with_interval(wins(rows, key), groups)
-        name = "longer wins" if key == "tokens" else key
-        table[name] = {"accuracy": mean, "ci95": list(interval), "n": len(rows)}
+    keys = list(rows[0]["better"])
+    measured = means_with_intervals([wins(rows, key) for key in keys], [r["prompt"] for r in rows])
+    table: dict[str, dict[str, Any]] = {
+        "longer wins" if key == "tokens" else key: {"accuracy": mean, "ci95": list(interval), "n": len(rows)}
+        for key, (mean, interval) in zip(keys, measured, strict=True)
+    }
     table["chance"] = {"accuracy": 0.5, "ci95": [0.5, 0.5], "n": len(rows)}
     return table
 
