@@ -39,16 +39,20 @@ def value_texts(
 ) -> tuple[list[ValueText], dict[str, float]]:
     """Training texts with their rewards, and {"mean", "std"} of the raw rewards.
 
-    `preference`: +1 and -1, once for every pair that a response is in. `score` and `reward_model`: every response
-    once, with its raw score standardised over these texts: (score - mean) / std.
+    Every response is one text. `preference`: +1 or -1, the mean over the pairs that it is in, which has the same
+    minimiser as one text for every pair at a fraction of the passes. `score` and `reward_model`: its raw score
+    standardised over these texts: (score - mean) / std.
 
     Raises:
         InputError: a score is missing, or all scores are equal.
     """
-    if target == "preference":
-        labelled = [ValueText(text, r) for pair in pairs for (_, text), r in zip(pair, (1.0, -1.0), strict=True)]
-        return labelled, {"mean": 0.0, "std": 1.0}
     texts = {pick: text for pair in pairs for pick, text in pair}
+    if target == "preference":
+        outcomes: dict[Pick, list[float]] = {pick: [] for pick in texts}
+        for pair in pairs:
+            for (pick, _), r in zip(pair, (1.0, -1.0), strict=True):
+                outcomes[pick].append(r)
+        return [ValueText(texts[p], float(np.mean(r))) for p, r in outcomes.items()], {"mean": 0.0, "std": 1.0}
     if target == "score":
         raw = [_score(examples, pick) for pick in texts]
     else:

@@ -19,7 +19,7 @@ from dvpo.files import atomic_write, write_json
 from dvpo.rollout.transformers import TransformersEngine
 from reproduce.pipeline import Context
 
-GENERATION_BATCH = 128
+GENERATION_BATCH = 512
 MARGIN = 0.2
 """More than a repetition or a courtesy makes; about what one of three asked facts, or one false extra, makes."""
 

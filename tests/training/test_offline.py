@@ -251,6 +251,15 @@ def test_preference_targets_are_plus_and_minus_one(tokenizer, examples) -> None:
     assert scale == {"mean": 0.0, "std": 1.0}
 
 
+def test_a_response_in_several_pairs_is_one_text_with_the_mean_of_its_outcomes(tokenizer, examples) -> None:
+    better, worse = preference_picks(examples, None, 0)[0]
+    kept = encodable_pairs(
+        Encoder(tokenizer, examples, 200, 200), [(better, worse), (worse, better), (better, worse)], None
+    )
+    rewarded, _ = value_texts(kept, "preference", examples)
+    assert [v.reward for v in rewarded] == pytest.approx([1 / 3, -1 / 3])
+
+
 def test_scores_are_standardised_over_the_texts_each_once(tokenizer, examples) -> None:
     encoder = Encoder(tokenizer, examples, 200, 200)
     picks = preference_picks(examples, None, 0)
