@@ -1,6 +1,7 @@
 """Training the tiny base model from random weights on plain texts, with the stock Trainer."""
 
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from transformers import Trainer, TrainingArguments
 
 from dvpo import models
 from dvpo.config import PretrainSettings
-from dvpo.training.common import ListDataset, argument_values, last_checkpoint, step_losses
+from dvpo.training.common import ListDataset, argument_values, train
 from dvpo.training.muon import MuonWithAdamW
+
+WINDOW = 16
+"""Batches among which texts change places."""
 
 
 def pretrain(
     start: str | Path, texts: Sequence[list[int]], settings: PretrainSettings, out: Path, state: Path, seed: int
 ) -> dict[str, Any]:
-    """Trains the policy in `start` on every token of `texts`, in their order, and saves it in `out`.
+    """Trains the policy in `start` on every token of `texts`, in about their order, and saves it in `out`.
 
     Returns:
         {"losses": [[step, mean cross-entropy per token], ...]}
@@ -43,10 +47,24 @@ def pretrain(
             train_sampling_strategy="sequential",
             lr_scheduler_kwargs={"num_decay_steps": round(settings.decay * steps), "decay_type": "linear"},
         ),
-        train_dataset=ListDataset(texts),
+        train_dataset=ListDataset(of_like_length(texts, settings.batch_size, seed)),
         data_collator=batch_of,
         optimizers=(optimizer, None),  # the Trainer makes the schedule
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(state))
-    models.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
-    return {"losses": step_losses(trainer)}
+    return train(trainer, tokenizer, out, state)
+
+
+def of_like_length(texts: Sequence[list[int]], batch_size: int, seed: int) -> list[list[int]]:
+    """The same texts, put together so that a batch holds texts of like length and little padding is computed.
+
+    Texts move within a window of `WINDOW` batches only, whose full batches stand in a seeded order.
+    """
+    rng = random.Random(seed)
+    ordered: list[list[int]] = []
+    for start in range(0, len(texts), WINDOW * batch_size):
+        window = sorted(texts[start : start + WINDOW * batch_size], key=len)
+        short = len(window) % batch_size
+        batches = [window[i : i + batch_size] for i in range(short, len(window), batch_size)]
+        rng.shuffle(batches)
+        ordered += [text for batch in batches for text in batch] + window[:short]
+    return ordered
