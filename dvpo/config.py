@@ -30,7 +30,10 @@ class ModelSize(Settings):
 
 
 class TrainSettings(Settings):
-    """What all offline trainers share. One update sees `batch_size` texts (pairs for rm and dpo), in micro-batches."""
+    """What all offline trainers share. One update sees `batch_size` texts (pairs for rm and dpo), in micro-batches.
+
+    `batch_size` is of all processes together, `micro_batch_size` what one process runs at a time.
+    """
 
     learning_rate: float = Field(gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -113,11 +116,15 @@ class KLSettings(Settings):
 
 
 class Dvpo(Settings):
-    """Frozen global value model; one response per prompt."""
+    """Frozen global value model; one response per prompt.
+
+    value_url: a scoring server that has the value model, instead of a folder.
+    """
 
     name: Literal["dvpo"] = "dvpo"
     estimator: Literal["q", "gae", "official"] = "gae"
     trajectory_k: int = Field(0, ge=0)
+    value_url: str | None = Field(None, pattern="^https?://")
 
 
 class Ppo(Settings):
@@ -149,7 +156,10 @@ class PolicySettings(Settings):
     """The online loop, the same for every algorithm.
 
     One update: `prompts_per_update` prompts are answered, then `epochs` passes over the answers in mini-batches of
-    `minibatch_size` responses (times the group size for GRPO), each one optimiser step in micro-batches.
+    `minibatch_size` responses (times the group size for GRPO), each one optimiser step in micro-batches. Both numbers
+    are of all processes together; `micro_batch_size` is what one process runs at a time.
+    frozen: the reference, value and reward models stand whole on every device (`resident`), or their layers are spread
+    over the processes (`sharded`), in `frozen_dtype`.
     """
 
     algorithm: Algorithm
@@ -169,5 +179,8 @@ class PolicySettings(Settings):
     kl: KLSettings = KLSettings()
     max_grad_norm: float = Field(1, gt=0)
     bf16: bool = False
+    gradient_checkpointing: bool = False
+    frozen: Literal["resident", "sharded"] = "resident"
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraSettings | None = None
     save_updates: int = Field(20, ge=1)

@@ -203,10 +203,15 @@ def add_lora(model: PreTrainedModel, role: Role, lora: LoraSettings) -> Any:
     return get_peft_model(model, config)
 
 
-def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves a plain model, or an adapter with its head, and the tokenizer, as an ordinary checkpoint folder."""
+def save(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Saves a plain model, or an adapter with its head, and the tokenizer, as an ordinary checkpoint folder.
+
+    weights: the whole state dict, where the model itself holds only a part of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty card; the manifest says what this is
 

@@ -196,6 +196,36 @@ def score(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="The recipe whose stages are planned.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|DIR", help="Another model: llama-3-8b, ... or a folder with a config.json."),
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="NAME", help="8xa100-80gb by default; for tiny and small 2-core-cpu.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="So many of the cluster's devices.")] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="Another memory of each device, in GiB.")] = None,
+    zero: Annotated[int | None, typer.Option(metavar="STAGE", min=0, max=3, help="Only this stage of ZeRO.")] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="A typical response, for the times; else the limit.")
+    ] = None,
+    vllm_share: Annotated[
+        float, typer.Option(metavar="SHARE", min=0, max=0.95, help="Generate with a vLLM that takes this of a device.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Predict memory and time of every stage: does it fit, how to spread it, what breaks first.
+
+    Without a recipe, --model is planned with the paper's settings.
+    """
+    from reproduce.commands import plan
+
+    plan.run(recipe, model, cluster, gpus, memory, zero, response_tokens, vllm_share, as_json)
+
+
+@app.command()
 def release(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")],
     out: Annotated[

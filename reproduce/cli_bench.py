@@ -7,6 +7,11 @@ import typer
 
 from reproduce.cli_options import SETTINGS, Json
 
+Rounds = Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Counted rounds.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="NAME", help="float32, or bfloat16 autocast over float32 weights.")
+]
+
 bench_app = typer.Typer(help="Measure speed, side by side in one run.", **SETTINGS)
 
 
@@ -18,7 +23,7 @@ def bench_server(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Make texts of this file; of random tokens by default.")
     ] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Counted rounds.")] = 5,
+    rounds: Rounds = 5,
     as_json: Json = False,
 ) -> None:
     """Measure the scoring server's tokens per second beside a bare forward pass, or beside vLLM's server.
@@ -28,3 +33,49 @@ def bench_server(
     from reproduce.commands import bench
 
     bench.server(gvm, against, dtype, text, rounds, as_json)
+
+
+@bench_app.command("gvm")
+def bench_gvm(
+    model: Annotated[Path, typer.Option(metavar="DIR", help="A policy to start from.")],
+    data: Annotated[str, typer.Option(metavar="PATH", help="Preference data.")],
+    against: Annotated[str | None, typer.Option(metavar="NAME", help="trl: its RewardTrainer.")] = None,
+    dtype: Dtype = "bfloat16",
+    rounds: Rounds = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure tokens per second and peak memory of training a value model.
+
+    With --against trl: beside a reward model's training with TRL's RewardTrainer on the same texts.
+    """
+    from reproduce.commands import bench
+
+    bench.gvm(model, data, against, dtype, rounds, as_json)
+
+
+@bench_app.command("policy")
+def bench_policy(
+    start: Annotated[Path, typer.Option(metavar="DIR", help="A policy to start from.")],
+    gvm: Annotated[Path, typer.Option(metavar="DIR", help="A value model.")],
+    reward: Annotated[Path, typer.Option(metavar="DIR", help="A scalar reward model.")],
+    prompts: Annotated[str, typer.Option(metavar="PATH", help="Data whose prompts are answered.")],
+    against: Annotated[str | None, typer.Option(metavar="NAME", help="trl: its GRPOTrainer.")] = None,
+    dtype: Dtype = "bfloat16",
+    rounds: Rounds = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure seconds per update and peak memory of DVPO, PPO, ReMax and GRPO, with the time of every phase.
+
+    With --against trl: of our GRPO beside TRL's GRPOTrainer instead.
+    """
+    from reproduce.commands import bench
+
+    bench.policy(start, gvm, reward, prompts, against, dtype, rounds, as_json)
+
+
+@bench_app.command("growth")
+def bench_growth(rounds: Rounds = 3, as_json: Json = False) -> None:
+    """Measure how the cost of an update grows with the model, the response and the batch, on small random models."""
+    from reproduce.commands import bench
+
+    bench.growth(rounds, as_json)

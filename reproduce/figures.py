@@ -25,6 +25,7 @@ Curve = Mapping[str, Sequence[float | None]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (1.5, 1.5)), (0, (9, 3)), (0, (4, 1, 1, 1, 1, 1)))
 GREY = "#555555"
+SHARE_COLOURS = ("#56B4E9", "#DDDDDD", "#E69F00")  # black is readable on all three
 
 
 class Bar(TypedDict):
@@ -144,6 +145,133 @@ def small_curves(panels: Mapping[str, Curve], path: Path) -> tuple[Path, Path]:
             axes.locator_params(nbins=4)
             axes.grid(True, linewidth=0.4, alpha=0.6)
         return save(figure, path)
+
+
+def panels(curves: Mapping[str, Mapping[str, Curve]], path: Path) -> tuple[Path, Path]:
+    """One panel for each name, three in a row, all on one scale; each has the same curves, named in one legend.
+
+    Raises ValueError if there is no panel or no curve, or the lists of one differ in length.
+    """
+    if not curves:
+        raise ValueError("there are no curves to draw")
+    for panel in curves.values():
+        _check(panel)
+    from matplotlib.figure import Figure
+
+    with style():
+        columns, lines = min(len(curves), 3), math.ceil(len(curves) / 3)
+        figure = Figure(figsize=(2.7 * columns + 0.6, 2.1 * lines + 0.6), layout="constrained")
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+        for axes, (name, panel) in zip(grid, curves.items(), strict=False):
+            for number, (label, curve) in enumerate(panel.items()):
+                _line(axes, curve, number, label)
+            axes.set_title(name, fontsize=8.5)
+            axes.locator_params(nbins=4)
+            axes.grid(True, linewidth=0.4, alpha=0.6)
+        for axes in list(figure.axes)[len(curves) :]:
+            axes.remove()
+        for axes in figure.axes[-columns:]:
+            axes.set_xlabel("updates")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, handlelength=3.2)
+        return save(figure, path)
+
+
+def shares(
+    rows: Sequence[tuple[str, tuple[float, ...]]], path: Path, names: Sequence[str] = ("left wins", "tie", "right wins")
+) -> tuple[Path, Path]:
+    """One bar for each row (label, three shares that sum to 1), its parts named in the legend; the first row on top.
+
+    Raises ValueError if there is no row, or the shares of one do not sum to 1.
+    """
+    if not rows:
+        raise ValueError("there are no rows to draw")
+    for label, parts in rows:
+        if abs(sum(parts) - 1) > 1e-6 or min(parts) < 0:
+            raise ValueError(f"the shares of {label} do not sum to 1: {parts}")
+    from matplotlib.figure import Figure
+
+    with style():
+        figure = Figure(figsize=(7.2, 1.2 + 0.36 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        for part, (name, colour, hatch) in enumerate(zip(names, SHARE_COLOURS, ("", "", "//"), strict=True)):
+            starts, widths = [sum(parts[:part]) for _, parts in rows], [parts[part] for _, parts in rows]
+            axes.barh(range(len(rows)), widths, left=starts, color=colour, edgecolor="white", hatch=hatch, label=name)
+            for place, (start, width) in enumerate(zip(starts, widths, strict=True)):
+                if width >= 0.06:  # a number does not fit a narrower part
+                    box = {"facecolor": colour, "edgecolor": "none", "pad": 1}
+                    middle: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "bbox": box}
+                    axes.text(start + width / 2, place, f"{100 * width:.0f}", **middle)
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+        axes.tick_params(axis="y", length=0)
+        axes.axvline(0.5, color=GREY, linestyle="--", linewidth=1.0)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        return save(figure, path)
+
+
+def stage_graph(nodes: Mapping[str, tuple[str, Sequence[str]]], path: Path) -> tuple[Path, Path]:
+    """Stages as boxes in a tree: each hangs from the input that ends the longest chain, so no line crosses another.
+
+    nodes: {id: (second line of the box, ids of the inputs)}, every input before what needs it.
+    Raises ValueError if there is no stage, or an input is unknown.
+    """
+    if not nodes:
+        raise ValueError("there are no stages to draw")
+    column, parent = _tree(nodes)
+    rows = _tree_rows(parent)
+    from matplotlib.figure import Figure
+
+    with style():
+        columns, lines = 1 + max(column.values()), 1 + max(rows.values())
+        figure = Figure(figsize=(1.9 * columns, 0.3 * lines + 0.2))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.axis("off")
+        axes.set_xlim(-0.03, columns)
+        axes.set_ylim(lines - 0.45, -0.55)
+        for name, (second, _) in nodes.items():
+            x, y = column[name], rows[name]
+            if (above := parent[name]) is not None:
+                start = column[above] + 0.06
+                axes.plot([start, start, x], [rows[above], y, y], color=GREY, linewidth=0.6, zorder=1)
+            box = {"facecolor": "white", "edgecolor": "#999999", "linewidth": 0.5, "pad": 1.4}
+            text: dict[str, Any] = {"fontsize": 6, "va": "center", "linespacing": 1.1, "bbox": box, "zorder": 2}
+            axes.text(x + 0.02, y, f"{name}\n{second}", **text)
+        return save(figure, path)
+
+
+def _tree(nodes: Mapping[str, tuple[str, Sequence[str]]]) -> tuple[dict[str, int], dict[str, str | None]]:
+    """Each stage's column, right of all its inputs, and the input that it hangs from."""
+    column: dict[str, int] = {}
+    parent: dict[str, str | None] = {}
+    for name, (_, inputs) in nodes.items():
+        if unknown := [i for i in inputs if i not in column]:
+            raise ValueError(f"stage {name} needs {unknown[0]}, which does not come before it")
+        parent[name] = max(inputs, key=column.__getitem__, default=None)
+        column[name] = 1 + max((column[i] for i in inputs), default=-1)
+    return column, parent
+
+
+def _tree_rows(parent: Mapping[str, str | None]) -> dict[str, int]:
+    """A row for every stage: a stage shares its first child's row, and every other child begins a new one."""
+    children: dict[str | None, list[str]] = {}
+    for name, above in parent.items():
+        children.setdefault(above, []).append(name)
+    rows: dict[str, int] = {}
+
+    def place(name: str, row: int) -> int:
+        """Places a stage and all below it from this row on; returns the first row that is free."""
+        rows[name] = row
+        for child in children.get(name, ()):
+            row = place(child, row)
+        return max(row, rows[name] + 1)
+
+    free = 0
+    for root in children.get(None, ()):
+        free = place(root, free)
+    return rows
 
 
 def _check(curves: Mapping[str, Curve]) -> None:

@@ -19,13 +19,23 @@ from dvpo.config import (
 from dvpo.errors import InputError
 
 FOLDER = Path(__file__).parent / "recipes"
+STUDIED = {"q": "dvpo-q", "gae": "dvpo-gae", "official": "dvpo-official"}
+"""The estimator study's names, and the method whose settings each one has."""
+TO_PIN = "TO-BE-PINNED"
+"""Stands for a revision that nobody has chosen yet; what has one cannot be fetched."""
 
 
 class Compute(Settings):
-    """How many stages run at a time, and the threads of each."""
+    """How many stages run at a time, and the threads of each; a training stage's processes, and its strategy.
+
+    cluster: the machine that the plan of a dry run is for, one of `reproduce.cost.hardware`.
+    """
 
     workers: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
+    processes: int = Field(1, ge=1)
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    cluster: str | None = None
 
 
 class PairChoice(Settings):
@@ -46,11 +56,22 @@ class Measure(Settings):
     bf16: bool = False
 
 
+class OtherSize(ModelSize):
+    """A further size for Table 8; an optional one is trained only for the study or where that table is asked for."""
+
+    optional: bool = False
+
+
 class World(Settings):
-    """The built-in world: places, one-line lessons for the base model, prompts of every split."""
+    """The built-in world: places, one-line lessons for the base model, prompts of every split.
+
+    margin: answers whose gold scores differ by less are a tie. 0.2 is more than a repetition or a courtesy makes, and
+    about what one of three asked facts, or one false extra, makes.
+    """
 
     places: int = Field(ge=2)
     lessons: int = Field(ge=0)
+    margin: float = Field(0.2, ge=0)
     prompts: dict[Literal["base", "sft", "reward", "rl", "validation", "test"], int]
 
 
@@ -66,6 +87,9 @@ class AtlasRecipe(Settings):
 
     methods: PolicySettings of every online method, on top of the shared `policy`. `scripted` names those that are
     also run on value and reward models that never saw the SFT policy's own answers.
+    gvm_pairs: the GVM's, where they are not `pairs`: a response is one text to it, in however many pairs it is.
+    kl_sweep: other strengths of KL for dvpo-gae, run only for the study or where Table 10 is asked for.
+    study: the estimator study is part of the run.
     """
 
     world: Literal["atlas"]
@@ -74,11 +98,12 @@ class AtlasRecipe(Settings):
     compute: Compute = Compute()
     atlas: World
     size: ModelSize
-    other_sizes: dict[str, ModelSize] = Field(default_factory=dict)
+    other_sizes: dict[str, OtherSize] = Field(default_factory=dict)
     base: PretrainSettings
     sft: SftSettings
     own_samples: int = Field(ge=1)
     pairs: PairChoice
+    gvm_pairs: PairChoice | None = None
     rm: RewardSettings
     gvm: GvmSettings
     dpo: DpoSettings
@@ -87,6 +112,8 @@ class AtlasRecipe(Settings):
     policy: dict[str, Any]
     methods: dict[str, dict[str, Any]]
     scripted: list[str] = Field(default_factory=list)
+    kl_sweep: list[float] = Field(default_factory=list)
+    study: bool = False
     cost_updates: int = Field(4, ge=1)
     cost_rounds: int = Field(3, ge=1)
 
@@ -96,6 +123,12 @@ class AtlasRecipe(Settings):
             self.method(name)
         if unknown := set(self.scripted) - set(self.methods):
             raise ValueError(f"scripted names unknown methods: {', '.join(sorted(unknown))}")
+        needed = set(STUDIED.values()) if self.study else {"dvpo-gae"} if self.kl_sweep else set()
+        if missing := needed - set(self.methods):
+            raise ValueError(f"{'study' if self.study else 'kl_sweep'} needs the methods {', '.join(sorted(missing))}")
+        for name in needed:
+            if self.method(name).algorithm.name != "dvpo":
+                raise ValueError(f"methods.{name} must be of the algorithm dvpo")
         return self
 
     def method(self, name: str) -> PolicySettings:
@@ -103,10 +136,76 @@ class AtlasRecipe(Settings):
         return PolicySettings(**(self.policy | self.methods[name]))
 
 
-class DataRecipe(Settings):
-    """Value models of a real language model on real preference data, and a policy against one of them.
+class HubModel(Settings):
+    """A checkpoint on the hub. `revision`: a commit of 40 hex digits, or TO_PIN where nobody has chosen one.
 
-    model: a checkpoint folder. test: {name: data path}; `in-domain` is read from the training data's `eval` split.
+    config: what its config.json says, so that nothing needs a download to be planned. parameters: all of its policy's.
+    chat_template: given to a tokenizer that has none.
+    """
+
+    id: str
+    revision: str
+    gated: bool = False
+    parameters: int = Field(ge=1)
+    config: dict[str, Any]
+    chat_template: str | None = None
+
+
+class Judge(Settings):
+    """Who judges answers: a model behind an OpenAI-compatible endpoint (None: the one of the `openai` package).
+
+    The key comes from the environment.
+    """
+
+    model: str
+    url: str | None = None
+    requests_per_minute: float | None = Field(None, gt=0)
+    concurrency: int = Field(4, ge=1)
+
+
+class Benchmarks(Settings):
+    """Where the questions of each benchmark are: a folder, a file, or owner/name@REV; None leaves it out.
+
+    A baseline is a .jsonl file of the answers to beat; gamed is AlpacaEval's df_gamed.csv, without which there is no
+    length-controlled win rate. most: at most so many questions of each. max_new_tokens: of an answer; None: as
+    many as the benchmark's own protocol allows.
+    """
+
+    mt_bench: str | None = None
+    arena_hard: str | None = None
+    arena_hard_baseline: str | None = None
+    alpaca_eval: str | None = None
+    alpaca_eval_baseline: str | None = None
+    alpaca_eval_gamed: str | None = None
+    rewardbench: str | None = None
+    most: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """What is named, by key."""
+        return self.model_dump(exclude={"most", "max_new_tokens"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _with_baselines(self) -> "Benchmarks":
+        for name in ("arena_hard", "alpaca_eval"):
+            if (getattr(self, name) is None) != (getattr(self, f"{name}_baseline") is None):
+                raise ValueError(f"{name} and {name}_baseline go together: questions and the answers to beat")
+        return self
+
+
+ValueModel = Literal["gvm", "gvm-from-rm", "gvm-from-score"]
+"""GVMs by where their rewards come from: preferences, our ScalarRM, or the data's own scores."""
+
+
+class DataRecipe(Settings):
+    """A language model on real preference data: value and reward models, and every method from one start.
+
+    model: a checkpoint folder, in place of the `hub` model. data: owner/name@REV, where the command names none.
+    shares: of the prompts; a share of `test` is held out, else the data's `eval_split` is. With `sft` settings the
+    start is trained first, on the best answers of the share of that name. policy_value: the GVM that DVPO is run
+    against. optional_methods: run only where a table that shows them is asked for. rl_prompts: at most so many.
+    judge: None leaves judged benchmarks out.
     """
 
     world: Literal["data"]
@@ -114,19 +213,72 @@ class DataRecipe(Settings):
     seeds: int = Field(1, ge=1)
     compute: Compute = Compute()
     model: str | None = None
+    hub: HubModel | None = None
+    data: str | None = None
     train_split: str | None = "train"
     eval_split: str = "eval"
-    shares: dict[Literal["value", "rl", "validation"], float]
+    shares: dict[Literal["sft", "value", "rl", "validation", "test"], float]
+    rl_prompts: int | None = Field(None, ge=1)
+    sft: SftSettings | None = None
     pairs: PairChoice
     rm: RewardSettings
     gvm: GvmSettings
-    policy: PolicySettings
+    value_models: tuple[ValueModel, ...] = ("gvm", "gvm-from-score")
+    policy_value: ValueModel = "gvm"
+    dpo: DpoSettings | None = None
+    policy: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    optional_methods: list[str] = Field(default_factory=list)
+    kl_sweep: list[float] = Field(default_factory=list)
     measure: Measure
     other_data: dict[str, str] = Field(default_factory=dict)
+    other_split: str = "test"
     other_most: int = Field(400, ge=1)
+    judge: Judge | None = None
+    benchmarks: Benchmarks = Benchmarks()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "DataRecipe":
+        for name in self.methods:
+            self.method(name)
+        if unknown := set(self.optional_methods) - set(self.methods):
+            raise ValueError(f"optional_methods names unknown methods: {', '.join(sorted(unknown))}")
+        if self.policy_value not in self.value_models:
+            raise ValueError(f"policy_value {self.policy_value} is none of the value_models")
+        if self.kl_sweep and "dvpo-gae" not in self.methods:
+            raise ValueError("kl_sweep needs the method dvpo-gae")
+        if self.sft is not None and not self.shares.get("sft"):
+            raise ValueError("sft needs a share of the data: shares.sft")
+        return self
+
+    def method(self, name: str) -> PolicySettings:
+        """The whole settings of an online method."""
+        return PolicySettings(**(self.policy | self.methods[name]))
 
 
 Recipe = Annotated[AtlasRecipe | DataRecipe, Field(discriminator="world")]
+
+
+def require_pinned(recipe: AtlasRecipe | DataRecipe, data: str | None) -> None:
+    """Raises InputError where something of the hub has no revision yet; `data` is what the command names instead."""
+    if isinstance(recipe, AtlasRecipe):
+        return
+    given: dict[str, str] = {}
+    if recipe.hub is not None and recipe.model is None:
+        given["hub.revision"] = f"{recipe.hub.id}@{recipe.hub.revision}"
+    if data is None and recipe.data is not None:
+        given["data"] = recipe.data
+    given |= {f"other_data.{name}": source for name, source in recipe.other_data.items()}
+    given |= {f"benchmarks.{k}": v for k, v in recipe.benchmarks.sources.items()}
+    if missing := [key for key, source in given.items() if source.endswith(f"@{TO_PIN}")]:
+        first = missing[0]
+        hub_id = given[first].removesuffix(f"@{TO_PIN}")
+        value = "COMMIT" if first == "hub.revision" else f"{hub_id}@COMMIT"
+        others = f" (and the same for {', '.join(missing[1:])})" if missing[1:] else ""
+        raise InputError(
+            f"recipe {recipe.name} names {hub_id} without a revision; choose one from its history on the hub (40 hex "
+            f"digits) and add --set {first}={value}{others}"
+        )
 
 
 def names() -> list[str]:
@@ -136,6 +288,21 @@ def names() -> list[str]:
 
 def load(name_or_file: str, overrides: tuple[str, ...] = ()) -> AtlasRecipe | DataRecipe:
     """A built-in recipe or a YAML file, with `key.path=value` overrides. Raises InputError naming the key or line."""
+    values = _values(name_or_file)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"][1:]) or "world"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        what = "unknown key; remove it or mend its name" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InputError(f"recipe {name_or_file}: {place}: {what}{more}") from error
+
+
+def _values(name_or_file: str) -> dict[str, Any]:
+    """The keys of a recipe, on top of those of the one that it `extends`."""
     path = Path(name_or_file)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -155,16 +322,20 @@ def load(name_or_file: str, overrides: tuple[str, ...] = ()) -> AtlasRecipe | Da
         raise InputError(f"{name_or_file}{where}: not valid YAML") from error
     if not isinstance(values, dict):
         raise InputError(f"{name_or_file}: a recipe is a mapping of keys to values")
-    for override in overrides:
-        _override(values, override)
-    try:
-        return TypeAdapter(Recipe).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"][1:]) or "world"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        what = "unknown key; remove it or mend its name" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InputError(f"recipe {name_or_file}: {place}: {what}{more}") from error
+    if (base := values.pop("extends", None)) is None:
+        return values
+    if base not in names():  # a file that extends a file could go round in a circle
+        raise InputError(f"{name_or_file}: extends: {base} is no built-in recipe; choose one of {', '.join(names())}")
+    return _merged(_values(base), values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the changes; a group of keys is changed key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _override(values: dict[str, Any], override: str) -> None:

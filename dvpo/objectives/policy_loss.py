@@ -34,6 +34,20 @@ def policy_loss(
     return loss, clipped_share.detach()
 
 
+def truncated_importance_weights(old_logprobs_B_T: Tensor, engine_logprobs_B_T: Tensor, cap: float) -> Tensor:
+    """min(pi_old / pi_engine, cap) per token, without gradient. [B, T].
+
+    The rollout engine samples from slightly other probabilities than the trainer's (its own kernels and precision). A
+    token's surrogate, multiplied by this weight, is an estimate under the trainer's again; the cap bounds its variance.
+
+    Args:
+        old_logprobs_B_T: by the trainer, before the update.
+        engine_logprobs_B_T: by the engine that sampled the tokens, at the same temperature.
+        cap: about 2.
+    """
+    return torch.exp(old_logprobs_B_T - engine_logprobs_B_T).clamp(max=cap).detach()
+
+
 def critic_loss(
     values_B_T: Tensor, old_values_B_T: Tensor, returns_B_T: Tensor, mask_B_T: Tensor, clip: float, count: Tensor | int
 ) -> Tensor:

@@ -1,16 +1,20 @@
-"""What the offline trainers share: arguments, resuming, and the loss curve."""
+"""What the offline trainers share: arguments, several processes, resuming, saving, and the loss curve."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from dvpo import distributed, models
 from dvpo.config import TrainSettings
+from dvpo.errors import StageError
+from dvpo.training.zero_state import load_zero_state, zero_state
 
 
 class ListDataset(torch.utils.data.Dataset):
@@ -27,23 +31,33 @@ class ListDataset(torch.utils.data.Dataset):
 
 
 def argument_values(settings: TrainSettings, state: Path, seed: int) -> dict[str, Any]:
-    """The keyword arguments of TrainingArguments (and of TRL's configs, which derive from it) for these settings."""
-    micro = settings.micro_batch_size or settings.batch_size
+    """The keyword arguments of TrainingArguments (and of TRL's configs, which derive from it) for these settings.
+
+    Joins the other processes, if there are any. Raises InputError where they cannot share a batch equally.
+    """
+    processes = distributed.start()
+    processes.require_divides("batch_size", settings.batch_size)
+    share = settings.batch_size // processes.count
+    micro = math.gcd(settings.micro_batch_size or share, share)
+    cuda = processes.device.type == "cuda"
     return {
         "output_dir": str(state),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup_steps,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": settings.batch_size // micro,
+        "gradient_accumulation_steps": share // micro,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "bf16": settings.bf16,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        # With this, accelerate would take DeepSpeed for plain data parallelism.
+        "use_cpu": not cuda and not processes.zero,
+        "deepspeed": distributed.zero_config() if processes.zero else None,
+        "accelerator_config": {"use_configured_state": True} if processes.zero else None,
+        "dataloader_pin_memory": cuda,
         "save_strategy": "steps",
         "save_steps": settings.save_steps,
         "save_total_limit": 1,
@@ -57,9 +71,59 @@ def argument_values(settings: TrainSettings, state: Path, seed: int) -> dict[str
     }
 
 
-def training_arguments(settings: TrainSettings, state: Path, seed: int) -> TrainingArguments:
-    """TrainingArguments for these settings."""
-    return TrainingArguments(**argument_values(settings, state, seed))
+class WholeCheckpoints:
+    """Put before a Trainer: its checkpoints under DeepSpeed hold whole tensors, in the files of a plain run.
+
+    DeepSpeed's own checkpoints go on only under the same stage and number of processes.
+    """
+
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keeps the order of the parameters, which DeepSpeed takes out of the optimizer."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
+    def _prepare_for_training(self: Any, max_steps: int, loader: Any, checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled or checkpoint is None:
+            return super()._prepare_for_training(max_steps, loader, checkpoint)  # type: ignore[misc]
+        self._load_from_checkpoint(checkpoint)  # into the model that is not wrapped yet
+        prepared = super()._prepare_for_training(max_steps, loader, None)  # type: ignore[misc]
+        optimizer, scheduler, exact = (_load(checkpoint, name) for name in ("optimizer", "scheduler", "float32"))
+        names = dict(self.model.named_parameters())
+        weights = {names[name]: value for name, value in exact.items()} if exact else None
+        load_zero_state(self.deepspeed.optimizer, self._groups, optimizer, weights)
+        self.lr_scheduler.load_state_dict(scheduler)
+        return prepared
+
+    def _save_optimizer_and_scheduler(self: Any, folder: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(folder)  # type: ignore[misc]
+            return
+        weights, optimizer = zero_state(self.deepspeed.optimizer, self._groups)
+        if self.args.should_save:
+            torch.save(optimizer, Path(folder) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(folder) / "scheduler.pt")
+            if self.args.bf16:  # the model's own file has rounded them
+                names = {p: name for name, p in self.model.named_parameters()}
+                torch.save({names[p]: value for p, value in weights.items()}, Path(folder) / "float32.pt")
+
+
+def train(trainer: Trainer, tokenizer: Any, out: Path, state: Path) -> dict[str, Any]:
+    """Trains from the last checkpoint in `state`, and saves the model in `out` as an ordinary folder.
+
+    Every process takes part; the main one writes. Returns {"losses": [[step, loss], ...]}.
+    """
+    processes = distributed.start()
+    if processes.count > 1 and trainer.args.world_size != processes.count:
+        raise StageError(f"the trainer sees {trainer.args.world_size} of {processes.count} processes")
+    trainer.train(resume_from_checkpoint=processes.from_main(last_checkpoint(state) if processes.main else None))
+    weights = None
+    if processes.zero or trainer.is_fsdp_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if processes.main:
+        models.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out, weights)
+    processes.wait()
+    return {"losses": step_losses(trainer)}
 
 
 def last_checkpoint(state: Path) -> str | None:
@@ -80,3 +144,8 @@ def last_checkpoint(state: Path) -> str | None:
 def step_losses(trainer: Trainer) -> list[list[float]]:
     """The logged training losses as [step, loss]."""
     return [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]
+
+
+def _load(checkpoint: str, name: str) -> Any:
+    path = Path(checkpoint) / f"{name}.pt"
+    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None

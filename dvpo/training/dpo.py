@@ -11,10 +11,10 @@ from trl import DPOConfig, DPOTrainer
 from dvpo import models
 from dvpo.config import DpoSettings
 from dvpo.data.pairs import EncodedPair
-from dvpo.training.common import argument_values, last_checkpoint, step_losses
+from dvpo.training.common import WholeCheckpoints, argument_values, train
 
 
-class TokenDPOTrainer(DPOTrainer):
+class TokenDPOTrainer(WholeCheckpoints, DPOTrainer):
     """TRL's trainer on rows that are token ids already; its own preparation reads text only."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,6 +45,4 @@ def train_dpo(
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(state))
-    models.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
-    return {"losses": step_losses(trainer)}
+    return train(trainer, tokenizer, out, state)

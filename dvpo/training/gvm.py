@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from dvpo import models
+from dvpo.batching import epochs_of, of_like_length
 from dvpo.config import GvmSettings
 from dvpo.data.templates import Encoded
 from dvpo.objectives.td import td_lambda_targets, value_model_loss
-from dvpo.training.common import ListDataset, last_checkpoint, step_losses, training_arguments
+from dvpo.training.common import ListDataset, WholeCheckpoints, argument_values, train
 from dvpo.values import ValueBatch, collate, token_values
 
 
@@ -25,7 +26,7 @@ class ValueText:
     reward: float
 
 
-class GvmTrainer(Trainer):
+class GvmTrainer(WholeCheckpoints, Trainer):
     """The stock Trainer with the TD(lambda) loss, normalised by the states of the whole batch."""
 
     def __init__(self, *args: Any, td_lambda: float, gamma: float, **kwargs: Any):
@@ -69,14 +70,19 @@ def train_gvm(
         rewards = torch.tensor([item.reward for item in items], dtype=torch.float32)
         return {**fields, "rewards_B": rewards, "labels": torch.where(batch.mask_B_S, 1, -100)}
 
+    passes = epochs_of(texts, settings.epochs, seed)
+    ordered = of_like_length(passes, _length, settings.batch_size, seed)
+    in_order = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
     trainer = GvmTrainer(
         model=model,
-        args=training_arguments(settings, state, seed),
-        train_dataset=ListDataset(texts),
+        args=TrainingArguments(**argument_values(settings, state, seed) | in_order),
+        train_dataset=ListDataset(ordered),
         data_collator=batch_of,
         td_lambda=settings.td_lambda,
         gamma=settings.gamma,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(state))
-    models.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
-    return {"losses": step_losses(trainer)}
+    return train(trainer, tokenizer, out, state)
+
+
+def _length(text: ValueText) -> int:
+    return len(text.text.prompt_ids) + len(text.text.response_ids)

@@ -3,6 +3,10 @@
 An algorithm is a rollout plan (`_roll_out`), what the frozen models say of the rollouts (`_judge`), and an advantage
 estimator. Rollouts, optimiser, KL and clipping are shared. The frozen models run once per rollout, not once per epoch.
 PPO alone has a second network, the critic.
+
+With several processes each answers, judges and learns from its equal share of every batch. What is found of a rollout
+is put together on all of them before it is used, so statistics are those of the whole batch, and the number of
+processes changes nothing but rounding.
 """
 
 import random
@@ -16,7 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dvpo import models
+from dvpo import distributed, models
+from dvpo.batching import buckets, places
 from dvpo.config import PolicySettings
 from dvpo.data.records import Message
 from dvpo.data.templates import Encoded, encode_prompt
@@ -26,25 +31,16 @@ from dvpo.objectives.advantages import ESTIMATORS, Signals, discounted_sum
 from dvpo.objectives.kl import AdaptiveKL, kl_loss, kl_rewards
 from dvpo.objectives.policy_loss import critic_loss, policy_loss
 from dvpo.objectives.stats import masked_mean, masked_whiten
+from dvpo.rollout import Engine, prompt_seed
 from dvpo.rollout.transformers import TransformersEngine
+from dvpo.training.frozen import Frozen, RemoteValues, frozen_model
+from dvpo.training.learner import Learner, learner
 from dvpo.training.policy_state import load_state, save_state
 from dvpo.values import ValueBatch, collate, sequence_scores, token_values
 
 Prompt = tuple[Message, ...]
 Monitor = Callable[[Sequence[Prompt], Sequence[str]], dict[str, float]]
 """Looks at prompts and responses and returns numbers to log; it never touches the training."""
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """The frozen models' folders: `value` for DVPO, `reward` for the others.
-
-    reward_scale: (mean, std) by which the reward model's raw scores are standardised.
-    """
-
-    value: Path | None = None
-    reward: Path | None = None
-    reward_scale: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass
@@ -72,27 +68,38 @@ class OnlineTrainer:
     ):  # fmt: skip
         self.settings, self.seed, self.monitor = settings, seed, monitor
         self.algorithm = cast(Any, settings.algorithm)  # its fields depend on its name
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.processes = distributed.start()
+        self.processes.require_divides("prompts_per_update", settings.prompts_per_update * self._group)
+        self.processes.require_divides("minibatch_size", settings.minibatch_size * self._group)
+        self.device = self.processes.device
         torch.manual_seed(seed)
         self.tokenizer = models.load_tokenizer(start)
-        self.policy = models.load(start, "policy", lora=settings.lora).to(self.device)
+        policy = models.load(start, "policy", lora=settings.lora).to(self.device)
+
+        def frozen_one(folder: Path | None, role: models.Role, name: str) -> Any:
+            return frozen_model(folder, role, name, start, settings, self.processes)
+
         # With LoRA the reference is the same weights with the adapter off.
-        self.reference = None if settings.lora else self._frozen_model(start, "policy", "reference", start)
+        self.reference = None if settings.lora else frozen_one(start, "policy", "reference")
         self.value = self.reward = self.critic = None
         if self.algorithm.name == "dvpo":
-            self.value = self._frozen_model(frozen.value, "value", "value", start)
+            url = self.algorithm.value_url
+            self.value = RemoteValues(url, self.tokenizer) if url else frozen_one(frozen.value, "value", "value")
         else:
-            self.reward = self._frozen_model(frozen.reward, "reward", "reward", start)
+            self.reward = frozen_one(frozen.reward, "reward", "reward")
+        self.policy_learner = self._learner(policy, settings.learning_rate)
+        self.policy = self.policy_learner.module
+        self.critic_learner: Learner | None = None
         if self.algorithm.name == "ppo":
-            assert frozen.reward is not None  # _frozen_model has refused None
-            self.critic = models.critic_from_reward(frozen.reward, settings.lora).to(self.device)
+            assert frozen.reward is not None  # frozen_model has refused None
+            critic = models.critic_from_reward(frozen.reward, settings.lora).to(self.device)
+            self.critic_learner = self._learner(critic, self.algorithm.critic_learning_rate)
+            self.critic = self.critic_learner.module
         self.reward_scale = frozen.reward_scale
         self.kl = AdaptiveKL(settings.kl.beta, settings.kl.target, settings.kl.horizon)
-        self.optimizer: torch.optim.Optimizer = self._adamw(self.policy, settings.learning_rate)
-        self.critic_optimizer: torch.optim.Optimizer | None = None
-        if self.critic is not None:
-            self.critic_optimizer = self._adamw(self.critic, self.algorithm.critic_learning_rate)
-        self.engine = TransformersEngine(self.policy, self.tokenizer, settings.max_new_tokens, settings.temperature)
+        self.engine: Engine = TransformersEngine(
+            self.policy, self.tokenizer, settings.max_new_tokens, settings.temperature
+        )
         self.prompts = self._encode(prompts)
         self.update = 0
         self.log: list[dict[str, float]] = []
@@ -112,7 +119,7 @@ class OnlineTrainer:
         chosen = self._prompts_of(self.update)
         seed = random.Random(f"{self.seed} {self.update}").getrandbits(31)
         with self._timed("generate"):
-            texts, greedy = self._roll_out(chosen, seed)
+            texts, greedy = self._roll_out(chosen)
         with self._timed("judge"):
             rollouts, row = self._judge(chosen, texts, greedy)
         with self._timed("learn"):
@@ -128,18 +135,20 @@ class OnlineTrainer:
 
     def save(self, out: Path) -> None:
         """Saves the policy in `out`, and PPO's critic in `out/critic`."""
-        models.save(self.policy, self.tokenizer, out)
-        if self.critic is not None:
-            models.save(self.critic, self.tokenizer, out / "critic")
+        self.policy_learner.save(self.tokenizer, out)
+        if self.critic_learner is not None:
+            self.critic_learner.save(self.tokenizer, out / "critic")
 
-    def _roll_out(self, chosen: Sequence[int], seed: int) -> tuple[list[Encoded], list[Encoded]]:
+    def _roll_out(self, chosen: Sequence[int]) -> tuple[list[Encoded], list[Encoded]]:
         """The sampled responses (a prompt's are neighbours), and ReMax's greedy ones."""
-        prompts = [self.prompts[i][1] for i in chosen]
-        repeated = [p for p in prompts for _ in range(self._group)]
-        self.policy.eval()
-        responses = self.engine.generate(repeated, seed=seed)
-        greedy = self.engine.generate(prompts, seed=seed, greedy=True) if self.algorithm.name == "remax" else []
-        return _zip(repeated, responses), _zip(prompts, greedy) if greedy else []
+        prompts = [self.prompts[i][1] for i in chosen for _ in range(self._group)]
+        mine = self.processes.share(prompts)
+        seeds = self.processes.share([prompt_seed(self.seed, self.update, place) for place in range(len(prompts))])
+        self.policy_learner.model.eval()
+        with self.policy_learner.gathered(), self.engine.awake():
+            sampled = [sample.token_ids for sample in self.engine.sample(mine, seeds)]
+            greedy = self.engine.greedy(mine) if self.algorithm.name == "remax" else []
+        return _zip(prompts, self.processes.gather(sampled)), _zip(prompts, self.processes.gather(greedy))
 
     @torch.no_grad()
     def _judge(
@@ -148,13 +157,14 @@ class OnlineTrainer:
         """One pass of every frozen model, then the advantages."""
         s = self.settings
         mask = collate(texts, self.tokenizer.pad_token_id).mask_B_S[:, 1:].to(self.device)
-        old = self._chunks(texts, lambda b: response_logprobs(self.policy, b, s.temperature))
+        policy = self.policy_learner.model
+        old = self._chunks(texts, lambda b: response_logprobs(policy, b, s.temperature))
         with self._reference() as reference:
             ref = self._chunks(texts, lambda b: response_logprobs(reference, b, s.temperature))
         signals = Signals(mask, group_size=self._group, gamma=s.gamma, lam=s.lam)
         row: dict[str, float] = {}
         if self.value is not None:
-            values = self._chunks(self._value_texts(chosen, texts), lambda b: token_values(self.value, b))
+            values = self._frozen_values(self._value_texts(chosen, texts))
             signals = replace(signals, values_B_S=values)
             row["value"] = float(masked_mean(values[:, 1:], mask))
         else:
@@ -163,8 +173,9 @@ class OnlineTrainer:
             row["score"] = float(scores_B.mean())
         if greedy:
             signals = replace(signals, greedy_scores_B=self._scores(greedy))
-        if self.critic is not None:
-            signals = replace(signals, values_B_S=self._chunks(texts, lambda b: token_values(self.critic, b)))
+        if self.critic_learner is not None:
+            critic = self.critic_learner.model
+            signals = replace(signals, values_B_S=self._chunks(texts, lambda b: token_values(critic, b)))
         advantages = ESTIMATORS[self._estimator](signals)
         if s.kl.form == "reward":
             penalty = kl_rewards(old, ref, mask, self.kl.beta)
@@ -187,7 +198,7 @@ class OnlineTrainer:
 
     def _learn(self, r: Rollouts, seed: int) -> dict[str, float]:
         """Epochs of mini-batches; each mini-batch is one optimiser step, whatever its micro-batches."""
-        self.policy.train()
+        self.policy_learner.model.train()
         size = self.settings.minibatch_size * self._group
         shuffler = random.Random(seed)
         sums = {"policy_loss": 0.0, "clipped": 0.0, "critic_loss": 0.0}
@@ -198,48 +209,50 @@ class OnlineTrainer:
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
                 count = r.mask[rows].sum()
-                for part in _split(rows, self.settings.micro_batch_size or size):
-                    for name, value in self._backward(r, part, count).items():
+                parts = _split(self.processes.share(rows), self.settings.micro_batch_size or size)
+                for number, part in enumerate(parts, 1):
+                    for name, value in self._backward(r, part, count, last=number == len(parts)).items():
                         sums[name] += value
-                self._optimise(self.policy, self.optimizer)
-                if self.critic is not None:
-                    self._optimise(self.critic, self.critic_optimizer)
+                self.policy_learner.step()
+                if self.critic_learner is not None:
+                    self.critic_learner.step()
                 steps += 1
         if self.critic is None:
             del sums["critic_loss"]
-        return {name: value / steps for name, value in sums.items()}
+        return {name: value / steps for name, value in self.processes.sum(sums).items()}
 
-    def _backward(self, r: Rollouts, rows: list[int], count: Tensor) -> dict[str, float]:
+    def _backward(self, r: Rollouts, rows: list[int], count: Tensor, last: bool) -> dict[str, float]:
         s = self.settings
         batch = collate([r.texts[i] for i in rows], self.tokenizer.pad_token_id).to(self.device)
         width = batch.mask_B_S.shape[1] - 1
         mask, old, ref, advantages = (x[rows, :width] for x in (r.mask, r.old_logprobs, r.ref_logprobs, r.advantages))
         with self._autocast():
-            logprobs = response_logprobs(self.policy, batch, s.temperature)
+            logprobs = response_logprobs(self.policy_learner.model, batch, s.temperature)
         loss, clipped = policy_loss(logprobs, old, advantages, mask, s.clip, count)
         if s.kl.form == "loss":
             loss = loss + self.kl.beta * kl_loss(logprobs, ref, mask, count)
-        loss.backward()
+        self.policy_learner.backward(loss, last)
         sums = {"policy_loss": float(loss.detach()), "clipped": float(clipped)}
-        if self.critic is not None and r.old_values is not None and r.returns is not None:
+        if self.critic_learner is not None and r.old_values is not None and r.returns is not None:
             with self._autocast():
-                values = token_values(self.critic, batch)[:, :-1]
+                values = token_values(self.critic_learner.model, batch)[:, :-1]
             value_loss = critic_loss(
                 values, r.old_values[rows, :width], r.returns[rows, :width], mask, self.algorithm.value_clip, count
             )
-            (self.algorithm.value_coefficient * value_loss).backward()
+            self.critic_learner.backward(self.algorithm.value_coefficient * value_loss, last)
             sums["critic_loss"] = float(value_loss.detach())
         return sums
-
-    def _optimise(self, model: Any, optimizer: Any) -> None:
-        torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), self.settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def _scores(self, texts: list[Encoded]) -> Tensor:
         """The reward model's standardised scores. [B]."""
         mean, std = self.reward_scale
         return (self._chunks(texts, lambda b: sequence_scores(self.reward, b)[:, None])[:, 0] - mean) / std
+
+    def _frozen_values(self, texts: list[Encoded]) -> Tensor:
+        """h_0..h_T by the frozen value model, in this process or behind a server. [B, S]."""
+        if isinstance(self.value, RemoteValues):
+            return self.processes.gather_rows(self.value(self.processes.share(texts)).to(self.device))
+        return self._chunks(texts, lambda b: token_values(self.value, b))
 
     def _value_texts(self, chosen: Sequence[int], texts: list[Encoded]) -> list[Encoded]:
         """What the value model reads: the rollouts, each after tau, k other answers of this batch."""
@@ -254,14 +267,21 @@ class OnlineTrainer:
         ]
 
     def _chunks(self, texts: list[Encoded], run: Callable[[ValueBatch], Tensor]) -> Tensor:
-        """`run` on micro-batches of texts, its [b, T'] outputs padded with 0 to one [B, T] tensor."""
-        size = self.settings.micro_batch_size or len(texts)
+        """`run` on micro-batches of texts of like length, its [b, T'] outputs padded with 0 to one [B, T] tensor.
+
+        Every process runs its share and gets the whole.
+        """
+        mine = self.processes.share(texts)
+        lengths = [len(t.prompt_ids) + len(t.response_ids) for t in mine]
+        batches = buckets(lengths, self.settings.micro_batch_size or len(mine))
         outputs = []
-        for part in _split(texts, size):
+        for rows in batches:
+            batch = collate([mine[i] for i in rows], self.tokenizer.pad_token_id)
             with self._autocast():
-                outputs.append(run(collate(part, self.tokenizer.pad_token_id).to(self.device)).float())
+                outputs.append(run(batch.to(self.device)).float())
         width = max(o.shape[1] for o in outputs)
-        return torch.cat([torch.nn.functional.pad(o, (0, width - o.shape[1])) for o in outputs])
+        joined = torch.cat([torch.nn.functional.pad(o, (0, width - o.shape[1])) for o in outputs])
+        return self.processes.gather_rows(joined[places(batches)])
 
     def _prompts_of(self, update: int) -> list[int]:
         """The prompts of an update: whole passes over the data, each in its own seeded order."""
@@ -285,19 +305,15 @@ class OnlineTrainer:
         ]
         return kept
 
-    def _frozen_model(self, folder: Path | None, role: Any, name: str, start: Path) -> Any:
-        if folder is None:
-            raise InputError(f"{self.algorithm.name} needs a {name} model; name its folder")
-        models.require_same_tokenizer(start, folder, name)
-        return models.load(folder, role).to(self.device).eval().requires_grad_(False)
-
-    def _adamw(self, model: Any, learning_rate: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=learning_rate, weight_decay=0.0)
+    def _learner(self, model: Any, learning_rate: float) -> Learner:
+        if self.settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return learner(model, learning_rate, self.settings.max_grad_norm, self.processes, self.settings.bf16)
 
     @contextmanager
     def _reference(self) -> Any:
         with nullcontext() if self.reference is not None else self.policy.disable_adapter():
-            yield self.reference if self.reference is not None else self.policy
+            yield self.reference if self.reference is not None else self.policy_learner.model
 
     @contextmanager
     def _timed(self, phase: str) -> Any:
@@ -323,7 +339,7 @@ class OnlineTrainer:
 
 
 def _zip(prompts: list[list[int]], responses: list[list[int]]) -> list[Encoded]:
-    return [Encoded(p, r) for p, r in zip(prompts, responses, strict=True)]
+    return [Encoded(p, r) for p, r in zip(prompts, responses, strict=True)] if responses else []
 
 
 def _split(items: list[Any], size: int) -> list[list[Any]]:

@@ -1,12 +1,17 @@
-"""Checkpoints of the online loop: one file, replaced atomically. Sampling is seeded per update, so no RNG is in it."""
+"""Checkpoints of the online loop: one file, replaced atomically. Sampling is seeded per update, so no RNG is in it.
+
+It holds whole tensors, whatever the strategy: a run goes on under another one, and with another number of processes.
+"""
 
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from dvpo.distributed import Processes
 from dvpo.files import atomic_write
 from dvpo.objectives.kl import AdaptiveKL
+from dvpo.training.learner import Learner
 
 FILE = "online.pt"
 
@@ -17,26 +22,28 @@ class Loop(Protocol):
     update: int
     kl: AdaptiveKL
     log: list[dict[str, float]]
-    device: torch.device
-    policy: Any
-    optimizer: torch.optim.Optimizer
-    critic: Any
-    critic_optimizer: torch.optim.Optimizer | None
+    processes: Processes
+    policy_learner: Learner
+    critic_learner: Learner | None
 
 
 def save_state(trainer: Loop, folder: Path) -> None:
-    """Writes what the next update depends on."""
+    """Writes what the next update depends on. Every process takes part, the main one writes."""
+    policy = trainer.policy_learner.state()
     state: dict[str, Any] = {
         "update": trainer.update,
         "beta": trainer.kl.beta,
         "log": trainer.log,
-        "policy": _trained(trainer.policy),
-        "optimizer": trainer.optimizer.state_dict(),
+        "policy": policy["weights"],
+        "optimizer": policy["optimizer"],
     }
-    if trainer.critic is not None and trainer.critic_optimizer is not None:
-        state |= {"critic": _trained(trainer.critic), "critic_optimizer": trainer.critic_optimizer.state_dict()}
-    with atomic_write(folder / FILE) as temporary:
-        torch.save(state, temporary)
+    if trainer.critic_learner is not None:
+        critic = trainer.critic_learner.state()
+        state |= {"critic": critic["weights"], "critic_optimizer": critic["optimizer"]}
+    if trainer.processes.main:
+        with atomic_write(folder / FILE) as temporary:
+            torch.save(state, temporary)
+    trainer.processes.wait()
 
 
 def load_state(trainer: Loop, folder: Path) -> None:
@@ -44,15 +51,8 @@ def load_state(trainer: Loop, folder: Path) -> None:
     path = folder / FILE
     if not path.is_file():
         return
-    state = torch.load(path, map_location=trainer.device, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     trainer.update, trainer.kl.beta, trainer.log = state["update"], state["beta"], state["log"]
-    trainer.policy.load_state_dict(state["policy"], strict=False)
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    if trainer.critic is not None and trainer.critic_optimizer is not None:
-        trainer.critic.load_state_dict(state["critic"], strict=False)
-        trainer.critic_optimizer.load_state_dict(state["critic_optimizer"])
-
-
-def _trained(model: Any) -> dict[str, torch.Tensor]:
-    """The trainable weights: all, or the adapter."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.policy_learner.load({"weights": state["policy"], "optimizer": state["optimizer"]})
+    if trainer.critic_learner is not None:
+        trainer.critic_learner.load({"weights": state["critic"], "optimizer": state["critic_optimizer"]})

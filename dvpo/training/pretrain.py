@@ -1,7 +1,6 @@
 """Training the tiny base model from random weights on plain texts, with the stock Trainer."""
 
 import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from dvpo import models
+from dvpo.batching import of_like_length
 from dvpo.config import PretrainSettings
 from dvpo.training.common import ListDataset, argument_values, train
 from dvpo.training.muon import MuonWithAdamW
-
-WINDOW = 16
-"""Batches among which texts change places."""
 
 
 def pretrain(
@@ -47,24 +44,8 @@ def pretrain(
             train_sampling_strategy="sequential",
             lr_scheduler_kwargs={"num_decay_steps": round(settings.decay * steps), "decay_type": "linear"},
         ),
-        train_dataset=ListDataset(of_like_length(texts, settings.batch_size, seed)),
+        train_dataset=ListDataset(of_like_length(texts, len, settings.batch_size, seed)),
         data_collator=batch_of,
         optimizers=(optimizer, None),  # the Trainer makes the schedule
     )
     return train(trainer, tokenizer, out, state)
-
-
-def of_like_length(texts: Sequence[list[int]], batch_size: int, seed: int) -> list[list[int]]:
-    """The same texts, put together so that a batch holds texts of like length and little padding is computed.
-
-    Texts move within a window of `WINDOW` batches only, whose full batches stand in a seeded order.
-    """
-    rng = random.Random(seed)
-    ordered: list[list[int]] = []
-    for start in range(0, len(texts), WINDOW * batch_size):
-        window = sorted(texts[start : start + WINDOW * batch_size], key=len)
-        short = len(window) % batch_size
-        batches = [window[i : i + batch_size] for i in range(short, len(window), batch_size)]
-        rng.shuffle(batches)
-        ordered += [text for batch in batches for text in batch] + window[:short]
-    return ordered

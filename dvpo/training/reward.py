@@ -11,7 +11,11 @@ from trl import RewardConfig, RewardTrainer
 from dvpo import models
 from dvpo.config import RewardSettings
 from dvpo.data.pairs import EncodedPair
-from dvpo.training.common import argument_values, last_checkpoint, step_losses
+from dvpo.training.common import WholeCheckpoints, argument_values, train
+
+
+class WholeRewardTrainer(WholeCheckpoints, RewardTrainer):
+    """TRL's trainer with checkpoints that go on anywhere."""
 
 
 def train_reward(
@@ -32,13 +36,11 @@ def train_reward(
         }
         for p in pairs
     ]
-    trainer = RewardTrainer(
+    trainer = WholeRewardTrainer(
         model=model,
         # The padding token must not be EOS: the library's pooling would then read the token before it.
         args=RewardConfig(**argument_values(settings, state, seed), max_length=None, pad_token=tokenizer.pad_token),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(state))
-    models.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
-    return {"losses": step_losses(trainer)}
+    return train(trainer, tokenizer, out, state)

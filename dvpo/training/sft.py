@@ -11,7 +11,11 @@ from trl import SFTConfig, SFTTrainer
 from dvpo import models
 from dvpo.config import SftSettings
 from dvpo.data.templates import Encoded
-from dvpo.training.common import argument_values, last_checkpoint, step_losses
+from dvpo.training.common import WholeCheckpoints, argument_values, train
+
+
+class WholeSFTTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's trainer with checkpoints that go on anywhere."""
 
 
 def train_sft(
@@ -32,7 +36,7 @@ def train_sft(
         }
         for t in texts
     ]
-    trainer = SFTTrainer(
+    trainer = WholeSFTTrainer(
         model=model,
         args=SFTConfig(
             **argument_values(settings, state, seed),
@@ -44,6 +48,4 @@ def train_sft(
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(state))
-    models.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
-    return {"losses": step_losses(trainer)}
+    return train(trainer, tokenizer, out, state)

@@ -24,6 +24,9 @@ from dvpo.data.records import Example, dump_examples
 from dvpo.errors import InputError, StageError
 from dvpo.files import sha256_json, write_json
 from reproduce.commands.common import require_checkpoint, say
+from reproduce.launch import Devices, Strategy, run_stage
+from reproduce.pipeline import Context, locked
+from reproduce.stages import KINDS
 
 S = TypeVar("S", bound=Settings)
 _SPLIT = "train"
@@ -37,7 +40,10 @@ class Choice(Settings):
 
 
 class TrainFile(Settings, Generic[S]):
-    """The configuration file. `start` is a checkpoint folder or hub id; `data` a file, a folder or owner/name@REV."""
+    """The configuration file. `start` is a checkpoint folder or hub id; `data` a file, a folder or owner/name@REV.
+
+    value_model: a folder, or the address of a scoring server.
+    """
 
     start: str
     data: str
@@ -116,40 +122,68 @@ TRAINERS: dict[str, Trainer] = {
 """By the name of the stage kind that does the work (`reproduce.stages.KINDS`)."""
 
 
-def run(kind: str, config: Path, out: Path, debug: bool = False) -> None:
-    """Trains one model as `config` says and puts it in the new folder `out`."""
+def run(
+    kind: str,
+    config: Path,
+    out: Path,
+    debug: bool = False,
+    processes: int | None = None,
+    strategy: Strategy | None = None,
+    offload: bool = False,
+) -> None:
+    """Trains one model as `config` says and puts it in the new folder `out`.
+
+    processes, strategy, offload: as in `launch.Devices`. Under a launcher (`accelerate launch`, torchrun) every process
+    calls this, and they are left out.
+    """
     if kind not in TRAINERS:
         raise InputError(f"unknown kind of training {kind!r}; choose from {', '.join(TRAINERS)}")
+    devices = Devices(processes, strategy or "ddp", offload)
     trainer = TRAINERS[kind]
     file = read_config(config, trainer.file)
     out = out.absolute()
-    require_new(out)
     require_checkpoint(file.start)
-    frozen = {"rm" if kind == "gvm" else "reward": file.reward_model, "value": file.value_model}
-    for folder in frozen.values():
-        if folder is not None:
-            require_checkpoint(folder)
+    remote = {"value_url": file.value_model} if (file.value_model or "").startswith(("http://", "https://")) else {}
+    frozen = {"rm" if kind == "gvm" else "reward": file.reward_model, "value": None if remote else file.value_model}
+    folders = {name: Path(require_checkpoint(folder)) for name, folder in frozen.items() if folder is not None}
+
+    from dvpo import distributed
+
+    together = distributed.start()  # alone, unless a launcher has started several
+    if distributed.launched() and (processes, strategy, offload) != (None, None, False):
+        raise InputError("a launcher has started this process and says all that --processes and --strategy could")
+    part = out.parent / f".{out.name}.part"
+    settings = {"train": _with_algorithm(file.settings.model_dump(), remote), **trainer.stage_settings(file.pairs)}
+    context = Context(
+        settings,
+        file.seed,
+        {"start": Path(file.start), "data": part / "data", **folders},
+        part / ("out" if together.main else f"rank{together.rank}"),
+        part / "state",
+    )
+    if not together.main:
+        together.wait()  # until the main process has laid out the folder
+        KINDS[kind].function()(context)
+        together.wait()
+        return
+    require_new(out)
     dataset = read(file.data, split=file.split)
     examples = trainer.choose(dataset.examples, file.pairs, file.seed)
     for note in dataset.notes.lines():
         say(note)
-
-    from reproduce.pipeline import Context, locked
-    from reproduce.stages import KINDS
-
-    part = out.parent / f".{out.name}.part"
     with locked(part / "lock"):
         require_new(out)  # another run may have finished it while this one waited
         record = {"kind": kind, "config": file.model_dump(), "data_sha256": dataset.digest}
         _begin(part, sha256_json(record))
         dump_examples(examples, part / "data" / f"{_SPLIT}.jsonl")
-        inputs = {"start": Path(file.start), "data": part / "data"}
-        inputs |= {name: Path(folder) for name, folder in frozen.items() if folder is not None}
-        settings = {"train": file.settings.model_dump(), **trainer.stage_settings(file.pairs)}
-        context = Context(settings, file.seed, inputs, part / "out", part / "state")
         clock = time.perf_counter()
         with open(part / "log.txt", "a") as log, contextlib.redirect_stdout(sys.stderr if debug else log):
-            metrics = KINDS[kind].function()(context)
+            together.wait()
+            if together.count > 1:
+                metrics = KINDS[kind].function()(context)
+            else:
+                metrics = run_stage(kind, context, devices, None if debug else part / "log.txt")
+            together.wait()
         seconds = time.perf_counter() - clock
         for note in metrics["said"]:
             say(note)
@@ -214,3 +248,8 @@ def _begin(part: Path, key: str) -> None:
     for folder in ("out", "state"):
         (part / folder).mkdir(parents=True, exist_ok=True)
     mark.write_text(key)
+
+
+def _with_algorithm(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The settings with more fields of the online algorithm."""
+    return {**settings, "algorithm": {**settings["algorithm"], **more}} if more else settings

@@ -20,12 +20,10 @@ from dvpo.rollout.transformers import TransformersEngine
 from reproduce.pipeline import Context
 
 GENERATION_BATCH = 512
-MARGIN = 0.2
-"""More than a repetition or a courtesy makes; about what one of three asked facts, or one false extra, makes."""
 
 
 def atlas(ctx: Context) -> dict[str, Any]:
-    """The world and its texts. Settings: world_seed, places, lessons, prompts {split: how many}.
+    """The world and its texts. Settings: world_seed, places, lessons, margin, prompts {split: how many}.
 
     Writes world.json, the tokenizer, corpus.json (the base model's documents in the order of training: first the
     one-line lessons, then a conversation for every `base` prompt, with a reader's remark after every statement), and a
@@ -41,7 +39,7 @@ def atlas(ctx: Context) -> dict[str, Any]:
     splits: dict[str, list[Example]] = {}
     for name in sorted(s["prompts"]):
         count = s["prompts"][name]
-        splits[name] = [_answered(world, judge, next(questions), name, i, rng) for i in range(count)]
+        splits[name] = [_answered(world, judge, next(questions), f"{name}:{i}", rng, s["margin"]) for i in range(count)]
         if name != "base":
             dump_examples(splits[name], ctx.out / f"{name}.jsonl")
     check_disjoint(splits)
@@ -80,8 +78,8 @@ def base(ctx: Context) -> dict[str, Any]:
 def coverage(ctx: Context) -> dict[str, Any]:
     """Preference data with or without the SFT policy's own answers. Inputs: atlas, and sft where `own` > 0.
 
-    Settings: own, the SFT policy's sampled answers per prompt, added to the scripted ones. Writes reward.jsonl,
-    validation.jsonl and test.jsonl in the form of the scripted files.
+    Settings: own, the SFT policy's sampled answers per prompt, added to the scripted ones; margin; sampling. Writes
+    reward.jsonl, validation.jsonl and test.jsonl in the form of the scripted files.
     """
     own = ctx.settings["own"]
     counts: dict[str, Any] = {}
@@ -92,7 +90,8 @@ def coverage(ctx: Context) -> dict[str, Any]:
             judge = _judge(ctx)
             for i, example in enumerate(examples):
                 added = [_scored(judge, example.prompt, t, "sft") for t in texts[i * own : (i + 1) * own]]
-                examples[i] = _with_preferences(example.prompt, [*example.responses, *added], example.origin)
+                responses = [*example.responses, *added]
+                examples[i] = _with_preferences(example.prompt, responses, example.origin, ctx.settings["margin"])
         dump_examples(examples, ctx.out / f"{split}.jsonl")
         counts[split] = {
             "responses": sum(len(e.responses) for e in examples),
@@ -139,12 +138,13 @@ def _judge(ctx: Context) -> Judge:
     return Judge(json.loads((ctx.inputs["atlas"] / "world.json").read_text()))
 
 
-def _answered(world: Atlas, judge: Judge, question: Question, split: str, i: int, rng: random.Random) -> Example:
+def _answered(world: Atlas, judge: Judge, question: Question, place: str, rng: random.Random, margin: float) -> Example:
+    split = place.partition(":")[0]
     prompt = ({"role": "user", "content": question.text},)
     one = rng.choice(sorted(POLICIES))
     names = {"rl": [], "sft": [one], "base": [one]}.get(split, sorted(POLICIES))
     responses = [_scored(judge, prompt, world.answer(question, POLICIES[name], rng), name) for name in names]
-    return _with_preferences(prompt, responses, f"atlas:{split}:{i}")
+    return _with_preferences(prompt, responses, f"atlas:{place}", margin)
 
 
 def _with_remarks(judge: Judge, example: Example) -> str:
@@ -160,8 +160,8 @@ def _scored(judge: Judge, prompt: tuple[Message, ...], text: str, policy: str) -
     return Response(text, policy, judge.judge(prompt[-1]["content"], text).score)
 
 
-def _with_preferences(prompt: tuple[Message, ...], responses: list[Response], origin: str) -> Example:
-    """Every pair of responses whose gold scores differ by `MARGIN` or more; the others are ties to an annotator."""
+def _with_preferences(prompt: tuple[Message, ...], responses: list[Response], origin: str, margin: float) -> Example:
+    """Every pair of responses whose gold scores differ by `margin` or more; the others are ties to an annotator."""
     scores = [r.score or 0.0 for r in responses]
-    order = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] - scores[j] >= MARGIN]
+    order = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] - scores[j] >= margin]
     return Example(prompt, tuple(responses), tuple(order), origin)

@@ -1,7 +1,9 @@
 """Stages that train: each reads its settings into the trainer's own and calls it."""
 
 import json
+import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,24 +11,39 @@ from typing import Any
 from dvpo import models
 from dvpo.config import DpoSettings, GvmSettings, PolicySettings, RewardSettings, SftSettings
 from dvpo.data.pairs import EncodedPair, Encoder, Pick, preference_picks
-from dvpo.data.records import load_examples
+from dvpo.data.records import Example, load_examples
 from dvpo.files import write_json
 from reproduce.pipeline import Context
+from reproduce.stages.launch import in_processes
 
 
+@in_processes
 def sft(ctx: Context) -> dict[str, Any]:
-    """The SFT policy: every response of the split is a demonstration. Inputs: start, data. Settings: train, split."""
+    """The SFT policy. Inputs: start, data. Settings: train, split, best.
+
+    Every response of the split is a demonstration; with `best`, only the one of the highest score for each prompt.
+    """
     from dvpo.training.sft import train_sft
 
     settings = SftSettings(**ctx.settings["train"])
     examples = load_examples(ctx.inputs["data"] / f"{ctx.settings['split']}.jsonl")
     encoder = _encoder(ctx, settings, examples)
-    picks = [Pick(i, j) for i, e in enumerate(examples) for j in range(len(e.responses))]
+    picks = [Pick(i, j) for i, e in enumerate(examples) for j in _demonstrations(e, ctx.settings.get("best", False))]
     texts = [text for pick in picks if (text := encoder.text(pick)) is not None]
     metrics = train_sft(ctx.inputs["start"], texts, settings, ctx.out, ctx.state, ctx.seed)
     return {**metrics, "texts": len(texts), "said": encoder.notes.lines()}
 
 
+def _demonstrations(example: Example, best: bool) -> Sequence[int]:
+    """The responses to learn from. One without a score is the best only where none has a score."""
+    places = range(len(example.responses))
+    if not best or not places:
+        return places
+    scores = [-math.inf if r.score is None else r.score for r in example.responses]
+    return [max(places, key=scores.__getitem__)]
+
+
+@in_processes
 def dpo(ctx: Context) -> dict[str, Any]:
     """DPO on preference pairs. Inputs: start, data. Settings: train, pairs."""
     from dvpo.training.dpo import train_dpo
@@ -37,6 +54,7 @@ def dpo(ctx: Context) -> dict[str, Any]:
     return {**metrics, "pairs": len(pairs), "said": encoder.notes.lines()}
 
 
+@in_processes
 def rm(ctx: Context) -> dict[str, Any]:
     """A ScalarRM on preference pairs. Inputs: start, data. Settings: train, pairs."""
     from dvpo.training.reward import train_reward
@@ -47,6 +65,7 @@ def rm(ctx: Context) -> dict[str, Any]:
     return {**metrics, "pairs": len(pairs), "said": encoder.notes.lines(), "tokens": _tokens(pairs)}
 
 
+@in_processes
 def gvm(ctx: Context) -> dict[str, Any]:
     """A Global Value Model. Inputs: start, data, and rm where the rewards come from it. Settings: train, pairs."""
     from dvpo.training.gvm import train_gvm
@@ -83,10 +102,11 @@ def reward_scale(ctx: Context) -> dict[str, Any]:
     return scale
 
 
+@in_processes
 def policy(ctx: Context) -> dict[str, Any]:
     """The online loop. Inputs: start, data; value, or reward and reward_scale; world for the gold curve.
 
-    Settings: train, split (the prompts).
+    Settings: train, split (the prompts), most (at most so many prompts, drawn by the seed).
     """
     from dvpo.training.policy import Frozen, OnlineTrainer
 
@@ -97,6 +117,8 @@ def policy(ctx: Context) -> dict[str, Any]:
         ctx.inputs.get("value"), ctx.inputs.get("reward"), (scale["mean"], scale["std"]) if scale else (0.0, 1.0)
     )
     prompts = [e.prompt for e in load_examples(ctx.inputs["data"] / f"{ctx.settings['split']}.jsonl")]
+    if (most := ctx.settings.get("most")) is not None and most < len(prompts):
+        prompts = random.Random(ctx.seed).sample(prompts, most)
     settings = PolicySettings(**ctx.settings["train"])
     monitor = gold_monitor(ctx.inputs["world"]) if "world" in ctx.inputs else None
     trainer = OnlineTrainer(ctx.inputs["start"], frozen, prompts, settings, ctx.seed, monitor)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dvpo.objectives.kl import kl_loss
-from dvpo.objectives.policy_loss import critic_loss, policy_loss, token_logprobs
+from dvpo.objectives.policy_loss import critic_loss, policy_loss, token_logprobs, truncated_importance_weights
 
 MASK = torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
 COUNT = int(MASK.sum())
@@ -170,3 +170,20 @@ def test_loss_and_gradient_equal_trl_on_the_same_batch(loss_type: str, beta: flo
     ours.backward()
     assert float(ours_logits.grad.abs().max()) > 1e-3
     assert torch.allclose(ours_logits.grad, theirs_logits.grad, atol=1e-6, rtol=0)
+
+
+def test_truncated_importance_weights_by_hand() -> None:
+    old = torch.tensor([[0.5, 0.2, 0.9]]).log().requires_grad_()
+    engine = torch.tensor([[0.4, 0.4, 0.3]]).log()
+    weights = truncated_importance_weights(old, engine, cap=2.0)
+    assert weights[0].tolist() == pytest.approx([1.25, 0.5, 2.0])
+    assert not weights.requires_grad
+
+
+def test_importance_weights_undo_the_engine_s_distribution() -> None:
+    """The mean over the engine's tokens, weighted, is the mean under the trainer's distribution."""
+    g = torch.Generator().manual_seed(0)
+    trainer, engine = torch.randn(2, 7, generator=g, dtype=torch.float64).log_softmax(-1)
+    gain = torch.randn(7, generator=g, dtype=torch.float64)
+    weights = truncated_importance_weights(trainer, engine, cap=1e9)
+    assert float((engine.exp() * weights * gain).sum()) == pytest.approx(float((trainer.exp() * gain).sum()))

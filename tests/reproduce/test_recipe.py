@@ -11,7 +11,7 @@ from reproduce.pipeline import plan
 
 
 def test_built_in_recipes_load() -> None:
-    assert recipe.names() == ["small", "tiny"]
+    assert {"small", "tiny"} < set(recipe.names())
     assert recipe.load("tiny").method("grpo").algorithm.group_size == 5
     assert recipe.load("tiny").method("dvpo-q").whiten is False
     assert recipe.load("tiny", ("seeds=3", "gvm.td_lambda=0.5")).gvm.td_lambda == 0.5
@@ -50,7 +50,6 @@ def test_tables_need_only_their_stages(tmp_path: Path) -> None:
     graph = build(recipe.load("tiny", ("seeds=2",)), None)
     kinds = {stage.kind for stage in graph.order({"T8"})}
     assert kinds == {"atlas", "base", "sft", "coverage", "gvm", "pairwise"}
-    assert len(graph.order(None)) == len(graph.stages)
     first, *rest = plan(graph.order(None), tmp_path)
     assert first.state == "to run"
     assert {line.state for line in rest} == {"waits", "to run"}

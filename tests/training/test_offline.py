@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -24,7 +22,7 @@ from dvpo.training.dpo import train_dpo
 from dvpo.training.gvm import GvmTrainer, ValueText, train_gvm
 from dvpo.training.gvm_data import encodable_pairs, value_texts
 from dvpo.training.muon import Muon, MuonWithAdamW, orthogonalised
-from dvpo.training.pretrain import WINDOW, of_like_length, pretrain
+from dvpo.training.pretrain import pretrain
 from dvpo.training.reward import train_reward
 from dvpo.training.sft import train_sft
 from dvpo.values import collate, score_all, sequence_scores, token_values
@@ -378,18 +376,3 @@ def test_muon_steps_as_torchs_own_but_for_its_bfloat16() -> None:
         b.step()
     moved = max((p - q).abs().max() for p, q in zip(ours, theirs, strict=True))
     assert moved < 0.002  # four steps of 0.01 to 0.014 at most, in 8 bits of mantissa
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 5))
-def test_texts_of_like_length_share_a_batch_and_none_is_lost_or_moved_far(lengths, batch_size) -> None:
-    texts = [[i] * n for i, n in enumerate(lengths)]
-    ordered = of_like_length(texts, batch_size, 0)
-    window = WINDOW * batch_size
-    for start in range(0, len(texts), window):
-        assert sorted(ordered[start : start + window]) == texts[start : start + window]
-
-    def padded(rows: list[list[int]]) -> int:
-        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        return sum(len(batch) * max(map(len, batch)) for batch in batches)
-
-    assert padded(ordered) <= padded(texts)

@@ -1,0 +1,57 @@
+"""Texts of like length together, so that little padding is computed."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+WINDOW = 16
+"""Batches among which the texts of a training change places."""
+
+
+def buckets(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Cuts texts into batches of `rows` by length, longest first: what is too large for memory fails at the start.
+
+    Texts that fit one batch keep their order.
+
+    Args:
+        lengths: tokens of each text.
+
+    Returns:
+        The texts' indices, batch by batch; the last batch may be short.
+    """
+    order = list(range(len(lengths)))
+    if len(order) > rows:
+        order.sort(key=lambda i: lengths[i], reverse=True)
+    return [order[start : start + rows] for start in range(0, len(order), rows)]
+
+
+def places(batches: Sequence[Sequence[int]]) -> list[int]:
+    """Where each text's result is once the batches' results are joined: `joined[places]` is in the texts' order."""
+    order = [i for batch in batches for i in batch]
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def of_like_length(texts: Sequence[T], length: Callable[[T], int], batch_size: int, seed: int) -> list[T]:
+    """The texts of a training in another order: a batch holds texts of like length, so that little padding is computed.
+
+    Texts move within a window of `WINDOW` batches only, whose full batches stand in a seeded order.
+    """
+    rng = random.Random(seed)
+    ordered: list[T] = []
+    for start in range(0, len(texts), WINDOW * batch_size):
+        window = sorted(texts[start : start + WINDOW * batch_size], key=length)
+        short = len(window) % batch_size
+        batches = [window[i : i + batch_size] for i in range(short, len(window), batch_size)]
+        rng.shuffle(batches)
+        ordered += [text for batch in batches for text in batch] + window[:short]
+    return ordered
+
+
+def epochs_of(texts: Sequence[T], epochs: float, seed: int) -> list[T]:
+    """All texts of a training: every epoch in a seeded order of its own, the last one perhaps in part."""
+    rng = random.Random(seed)
+    ordered: list[T] = []
+    while len(ordered) < round(epochs * len(texts)):
+        ordered += rng.sample(texts, len(texts))
+    return ordered[: round(epochs * len(texts))]

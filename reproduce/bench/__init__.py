@@ -1,0 +1,1 @@
+"""`dvpo bench gvm|policy|growth`: what training costs, measured in turns with the peers."""
