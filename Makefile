@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: reproduce test test-slow docker-test pin lock lock-gpu clean
+.PHONY: reproduce test test-slow torture docker-test pin lock lock-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make reproduce   train everything at the tiny size and print the tables"
 	@echo "make test        lint, types and the fast tests"
-	@echo "make test-slow   the tests that train or kill real runs"
+	@echo "make test-slow   the tests that train real runs, on several processes too"
+	@echo "make torture     kills, full disks, damaged results: half an hour"
 	@echo "make docker-test the containers, with a real Docker engine"
 
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -31,10 +32,13 @@ test: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow and not torture"
 
 test-slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow
+
+torture: $(VENV)/.ready
+	$(BIN)/pytest -s -m torture
 
 docker-test: $(VENV)/.ready
 	DVPO_START_ENGINE=1 $(BIN)/pytest -m slow tests/docker

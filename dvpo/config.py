@@ -1,6 +1,6 @@
 """Settings of every stage. Unknown keys are errors; each model prints itself resolved."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -149,6 +149,34 @@ class Grpo(Settings):
     group_size: int = Field(5, ge=2)
 
 
+class TransformersRollouts(Settings):
+    """Answers by the trainer's own model."""
+
+    name: Literal["transformers"] = "transformers"
+
+
+class VllmRollouts(Settings):
+    """Answers by a vLLM engine in the trainer's own processes. options: passed to `vllm.LLM`.
+
+    importance_cap: where the engine's probability of a token differs from the trainer's, its gradient is weighted with
+    the trainer's over the engine's, at most this; None leaves it alone.
+    """
+
+    name: Literal["vllm"]
+    options: dict[str, Any] = Field(default_factory=dict)
+    importance_cap: float | None = Field(2.0, gt=0)
+
+
+class VllmServerRollouts(Settings):
+    """Answers by a vLLM server, which reads the weights in `folder`. importance_cap: as for `vllm`."""
+
+    name: Literal["vllm-server"]
+    url: str = Field(pattern="^https?://")
+    folder: str
+    importance_cap: float | None = Field(2.0, gt=0)
+
+
+Rollouts = Annotated[TransformersRollouts | VllmRollouts | VllmServerRollouts, Field(discriminator="name")]
 Algorithm = Annotated[Dvpo | Ppo | Remax | Grpo, Field(discriminator="name")]
 
 
@@ -182,5 +210,6 @@ class PolicySettings(Settings):
     gradient_checkpointing: bool = False
     frozen: Literal["resident", "sharded"] = "resident"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    engine: Rollouts = TransformersRollouts()
     lora: LoraSettings | None = None
     save_updates: int = Field(20, ge=1)

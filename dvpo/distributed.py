@@ -22,6 +22,8 @@ from dvpo.errors import InputError
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others before it gives up."""
+BUCKET = 2**25
+"""Numbers in one message of gradients."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,18 @@ class Processes:
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Sums tensors of one type over all processes, as many in one message as fit a bucket."""
+        bucket: list[Tensor] = []
+        for i, tensor in enumerate(tensors):
+            bucket.append(tensor)
+            if sum(t.numel() for t in bucket) >= BUCKET or i + 1 == len(tensors):
+                flat = torch.cat([t.reshape(-1) for t in bucket])
+                dist.all_reduce(flat)
+                for t, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    t.copy_(summed.view_as(t))
+                bucket.clear()
+
     def from_main(self, value: T) -> T:
         """The main process's value, on every process."""
         if self.count == 1:
@@ -127,7 +141,7 @@ def strategy() -> str:
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         return f"zero{_zero_section()['stage']}"
     if _flag("ACCELERATE_USE_FSDP"):
-        return "fsdp2"
+        return f"fsdp{os.environ.get('FSDP_VERSION', 1)}"
     return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "none"
 
 

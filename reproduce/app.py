@@ -242,7 +242,6 @@ def _data_digests(p: Prepared) -> dict[str, str]:
 
 def _stage_line(stage: Stage, result: Result) -> dict[str, Any]:
     m = result.manifest
-    return {
-        "id": stage.id, "kind": stage.kind, "needs": [parent.id for parent in stage.parents], "key": m["key"][:16],
-        "seconds": m["seconds"], "state": "done",
-    }  # fmt: skip
+    needs = list(dict.fromkeys(parent.id for parent in stage.parents))
+    line = {"id": stage.id, "kind": stage.kind, "needs": needs, "key": m["key"][:16]}
+    return {**line, "seconds": m["seconds"], "state": "done"}

@@ -197,7 +197,7 @@ def score(
 
 @app.command()
 def plan(
-    recipe: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="The recipe whose stages are planned.")] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="The recipe that is planned.")] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME|DIR", help="Another model: llama-3-8b, ... or a folder with a config.json."),

@@ -226,7 +226,7 @@ def stage_graph(nodes: Mapping[str, tuple[str, Sequence[str]]], path: Path) -> t
 
     with style():
         columns, lines = 1 + max(column.values()), 1 + max(rows.values())
-        figure = Figure(figsize=(1.9 * columns, 0.3 * lines + 0.2))
+        figure = Figure(figsize=(1.55 * columns, 0.3 * lines + 0.2))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
         axes.set_xlim(-0.03, columns)

@@ -15,10 +15,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from dvpo import stopping
 from dvpo.errors import InputError, StageError
 from dvpo.files import write_json
 
@@ -32,6 +33,8 @@ DISTRIBUTED = frozenset({"base", "sft", "rm", "gvm", "dpo", "policy"})
 
 GRACE = 1.0
 """Seconds in which the other processes may end by themselves, so that the first cause can be told from its effects."""
+LAST_SAVE = 60.0
+"""The same, where they were asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def run_stage(kind: str, context: "Context", devices: Devices, log: Path | None 
     Raises:
         InputError, StageError: as the function does; StageError names the process that died.
     """
+    # The processes are started here, and by nothing that the stage itself finds in its settings.
+    context = replace(context, settings={k: v for k, v in context.settings.items() if k != "compute"})
     if devices.plain or kind not in DISTRIBUTED:
         from reproduce.stages import KINDS
 
@@ -108,6 +113,7 @@ def worker(job: Path) -> int:
     """One of the processes: runs the stage of `job`. What fails is written beside it, for the launcher to say."""
     rank = int(os.environ["RANK"])
     _die_with_parent()
+    stopping.listen()
     try:
         task = json.loads((job / "job.json").read_text(encoding="utf-8"))
         context = _context(task["context"], rank)
@@ -136,10 +142,15 @@ def _watch(command: Sequence[str], job: Path, devices: Devices, output: IO[str] 
         for rank in range(devices.count)
     ]
     try:
+        told = False
         while not any(codes := [p.poll() for p in processes]) and None in codes:
+            if stopping.asked() and not told:
+                told = True
+                for process in processes:
+                    process.terminate()
             time.sleep(0.05)
         if any(codes):
-            _wait(processes, GRACE)
+            _wait(processes, LAST_SAVE if told else GRACE)
         codes = [p.poll() for p in processes]
     finally:
         for process in processes:
@@ -169,6 +180,8 @@ def _complain(codes: Sequence[int | None], job: Path) -> None:
     if not said:
         rank, code = next((r, c) for r, c in enumerate(codes) if c)
         said = f"it ended with exit code {code}"
+    if stopping.asked():
+        raise stopping.Stopped(said)
     raise StageError(f"process {rank} of {len(codes)} failed: {said}")
 
 

@@ -17,6 +17,7 @@ from dvpo.config import (
     SftSettings,
 )
 from dvpo.errors import InputError
+from reproduce.launch import Strategy
 
 FOLDER = Path(__file__).parent / "recipes"
 STUDIED = {"q": "dvpo-q", "gae": "dvpo-gae", "official": "dvpo-official"}
@@ -34,7 +35,7 @@ class Compute(Settings):
     workers: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
     processes: int = Field(1, ge=1)
-    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    strategy: Strategy = "ddp"
     cluster: str | None = None
 
 
@@ -82,6 +83,24 @@ class Sampling(Settings):
     temperature: float = Field(1.0, gt=0)
 
 
+def _require_valid_methods(recipe: Any) -> None:
+    for name in recipe.methods:
+        try:
+            recipe.method(name)
+        except ValidationError as error:
+            place, what = _first(error)
+            where = f"methods.{name}.{place}" if place.split(".")[0] in recipe.methods[name] else f"policy.{place}"
+            raise ValueError(f"{where}: {what}") from error
+
+
+def _first(error: ValidationError) -> tuple[str, str]:
+    """The first thing wrong: the path of its key, and what it is."""
+    found = error.errors()[0]
+    unknown = found["type"] == "extra_forbidden"
+    what = "unknown key; remove it or mend its name" if unknown else found["msg"].removeprefix("Value error, ")
+    return ".".join(str(part) for part in found["loc"]), what
+
+
 class AtlasRecipe(Settings):
     """Everything on the built-in world, from random weights: base, SFT, reward and value models, every policy.
 
@@ -119,8 +138,7 @@ class AtlasRecipe(Settings):
 
     @model_validator(mode="after")
     def _valid_methods(self) -> "AtlasRecipe":
-        for name in self.methods:
-            self.method(name)
+        _require_valid_methods(self)
         if unknown := set(self.scripted) - set(self.methods):
             raise ValueError(f"scripted names unknown methods: {', '.join(sorted(unknown))}")
         needed = set(STUDIED.values()) if self.study else {"dvpo-gae"} if self.kl_sweep else set()
@@ -149,6 +167,14 @@ class HubModel(Settings):
     parameters: int = Field(ge=1)
     config: dict[str, Any]
     chat_template: str | None = None
+
+
+class Expected(Settings):
+    """What the data is known to hold, for the plan of a dry run; pairs: untied ones of a prompt."""
+
+    prompts: int = Field(ge=1)
+    responses: float = Field(gt=0)
+    pairs: float = Field(gt=0)
 
 
 class Judge(Settings):
@@ -215,6 +241,7 @@ class DataRecipe(Settings):
     model: str | None = None
     hub: HubModel | None = None
     data: str | None = None
+    expected: Expected | None = None
     train_split: str | None = "train"
     eval_split: str = "eval"
     shares: dict[Literal["sft", "value", "rl", "validation", "test"], float]
@@ -239,8 +266,7 @@ class DataRecipe(Settings):
 
     @model_validator(mode="after")
     def _coherent(self) -> "DataRecipe":
-        for name in self.methods:
-            self.method(name)
+        _require_valid_methods(self)
         if unknown := set(self.optional_methods) - set(self.methods):
             raise ValueError(f"optional_methods names unknown methods: {', '.join(sorted(unknown))}")
         if self.policy_value not in self.value_models:
@@ -294,11 +320,11 @@ def load(name_or_file: str, overrides: tuple[str, ...] = ()) -> AtlasRecipe | Da
     try:
         return TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"][1:]) or "world"
+        place, what = _first(error)
+        place = place.partition(".")[2]  # without the kind of recipe
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        what = "unknown key; remove it or mend its name" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InputError(f"recipe {name_or_file}: {place}: {what}{more}") from error
+        where = f"{place}: " if place else ""
+        raise InputError(f"recipe {name_or_file}: {where}{what}{more}") from error
 
 
 def _values(name_or_file: str) -> dict[str, Any]:

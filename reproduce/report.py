@@ -31,6 +31,8 @@ SIGNS = {
     "not comparable (judge)": "∥",
     "not comparable (scale)": "∥",
     "not run (tier)": "○",
+    "baseline": "⋯",
+    "not in the paper": "+",
 }
 
 

@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
+from dvpo import stopping
 from dvpo.errors import InputError, StageError
+from dvpo.stopping import Stopped
 from reproduce.pipeline import Job, Result, Stage, Store, load_result, run_job
 
 Report = Callable[[Stage, str, float], None]
@@ -23,14 +26,18 @@ Report = Callable[[Stage, str, float], None]
 def run(stages: Sequence[Stage], root: Path, workers: int, threads: int, report: Report) -> dict[str, Result]:
     """Runs what is not there yet, up to `workers` stages at a time, and returns every stage's result by id.
 
+    SIGTERM stops it in order: stages in training save a checkpoint at their next safe step, others finish.
+
     Raises:
         InputError, StageError: as the first stage that failed; finished stages stay.
+        Stopped: on SIGTERM.
     """
     store, done = Store(root), dict[str, Result]()
     root.mkdir(parents=True, exist_ok=True)
     waiting = list(stages)
     running: dict[Future[Path], Stage] = {}
     pool: ProcessPoolExecutor | None = None
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         while waiting or running:
             for stage in list(waiting):
@@ -57,9 +64,31 @@ def run(stages: Sequence[Stage], root: Path, workers: int, threads: int, report:
                     done[stage.id] = _take(stage, future, root)
                     report(stage, "done", done[stage.id].manifest["seconds"])
         return done
+    except _Terminated:
+        _ask_to_stop(pool, running)
+        running.clear()
+        raise Stopped("stopped as asked, with everything saved; run the same command to go on") from None
     finally:
+        signal.signal(signal.SIGTERM, before)
         if pool is not None:
             _stop(pool, kill=bool(running))
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminated(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the saving short
+    raise _Terminated
+
+
+def _ask_to_stop(pool: ProcessPoolExecutor | None, running: "dict[Future[Path], Stage]") -> None:
+    """Tells the workers, and waits for the stages in work: each is then published or has its checkpoint."""
+    for process in list(pool._processes.values()) if pool is not None else []:
+        if process.pid is not None:
+            os.kill(process.pid, signal.SIGTERM)
+    wait(running)
 
 
 def log_file(root: Path, stage_id: str) -> Path:
@@ -100,6 +129,7 @@ def _start_worker(parent: int) -> None:
         if os.getppid() != parent:
             os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stopping.listen()
 
 
 def _work(job: Job, root: Path) -> Path:

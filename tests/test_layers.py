@@ -14,8 +14,8 @@ import dvpo
 PACKAGE = Path(dvpo.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
-    {"objectives", "data", "config", "files", "errors", "models"},
-    {"values", "packed_values", "rollout"},
+    {"objectives", "data", "config", "files", "errors", "models", "batching", "distributed", "stopping"},
+    {"values", "packed_values", "logprobs", "rollout"},
     {"training", "evaluation", "integrations"},
 ]
 MOST_LINES = 420

@@ -10,6 +10,7 @@ the chat template writes after it, and a tie in length is a loss of "longer wins
 import gzip
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -133,19 +134,32 @@ def _from_files(files: Sequence[Path]) -> Data:
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     """(place, row) of a .jsonl, .jsonl.gz or .parquet file."""
+    if file.suffix == ".parquet":
+        yield from ((f"{file.name}:row {number}", row) for number, row in enumerate(_parquet(file), 1))
+        return
     try:
-        if file.suffix == ".parquet":
-            from pyarrow import parquet
-
-            for number, row in enumerate(parquet.read_table(file).to_pylist(), 1):
-                yield f"{file.name}:row {number}", row
-            return
         with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield f"{file.name}:{number}", json.loads(line)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({brief(error)}); mend or fetch it again") from error
+                    yield (place := f"{file.name}:{number}"), _decoded(place, line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file} cannot be read ({brief(error)}); fetch it again") from error
+
+
+def _parquet(file: Path) -> list[Any]:
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(file).to_pylist()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as parquet ({brief(error)}); fetch it again") from error
+
+
+def _decoded(place: str, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{place}: the line is not JSON ({brief(error)}); mend or remove it") from error
 
 
 def _pair(place: str, row: Any) -> Pair:

@@ -4,8 +4,8 @@ Sampling inverts the cumulative distribution at one uniform number per token, dr
 row answers therefore does not depend on who else is in the batch.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,18 +19,23 @@ from dvpo.values import unwrapped
 class TransformersEngine(Engine):
     """Samples at a temperature from the full distribution (no top-k, no top-p): log-probabilities stay the policy's.
 
-    The model's weights must be whole on every process while it runs (a sharded model is gathered by the caller).
+    Args:
+        gathered: within it the model's weights are whole on every process, and it may run on its own.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float):
-        self.model = model
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float,
+        gathered: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):  # fmt: skip
+        self.model, self.gathered = model, gathered
         self.pad_id, self.eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """See `Engine`. The weights are the policy's own, so there is nothing to take over and nothing to free."""
-        yield
+        """See `Engine`. The weights are the policy's own, gathered once for the whole phase."""
+        with self.gathered():
+            yield
 
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Sample]:
         """See `Engine`."""
@@ -41,7 +46,7 @@ class TransformersEngine(Engine):
         return [sample.token_ids for sample in self._decode(prompts, None)]
 
     def generate(self, prompts: list[list[int]], *, seed: int, greedy: bool = False) -> list[list[int]]:
-        """As before: one seed for all prompts."""
+        """`sample` or `greedy`, as token ids alone; a prompt's seed is made of the one seed and of its place."""
         if greedy:
             return self.greedy(prompts)
         return [s.token_ids for s in self.sample(prompts, [prompt_seed(seed, place) for place in range(len(prompts))])]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dvpo.values import unwrapped
 
@@ -27,11 +28,16 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         layer = modules.get(owner.removesuffix(".base_layer")) if owner.endswith(".base_layer") else None
         needed = [parameter, *(p for n, p in layer.named_parameters() if "lora_" in n)] if layer else [parameter]
         with _gathered(needed):
-            weight = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.data
+            weight = _whole(parameter.data)
             if layer is not None and kind == "weight":
                 for adapter in layer.active_adapters:
-                    weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+                    weight = weight + _whole(layer.get_delta_weight(adapter)).to(weight.dtype)
             yield name.replace(".base_layer.", "."), weight
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 may have cut."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _gathered(parameters: list[Any]) -> AbstractContextManager[Any]:

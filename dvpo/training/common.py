@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dvpo import distributed, models
+from dvpo import distributed, models, stopping
 from dvpo.config import TrainSettings
 from dvpo.errors import StageError
 from dvpo.training.zero_state import load_zero_state, zero_state
@@ -116,7 +116,10 @@ def train(trainer: Trainer, tokenizer: Any, out: Path, state: Path) -> dict[str,
     processes = distributed.start()
     if processes.count > 1 and trainer.args.world_size != processes.count:
         raise StageError(f"the trainer sees {trainer.args.world_size} of {processes.count} processes")
+    trainer.add_callback(_StopWhenAsked())
     trainer.train(resume_from_checkpoint=processes.from_main(last_checkpoint(state) if processes.main else None))
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise stopping.Stopped(f"stopped as asked after step {trainer.state.global_step} of {trainer.state.max_steps}")
     weights = None
     if processes.zero or trainer.is_fsdp_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -124,6 +127,17 @@ def train(trainer: Trainer, tokenizer: Any, out: Path, state: Path) -> dict[str,
         models.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out, weights)
     processes.wait()
     return {"losses": step_losses(trainer)}
+
+
+class _StopWhenAsked(TrainerCallback):
+    """Saves and ends at a logged step, so that a resumed training logs the same losses as an uninterrupted one."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer after every step."""
+        if state.global_step % args.logging_steps or state.global_step >= state.max_steps:
+            return
+        if any(distributed.start().gather([stopping.asked()])):
+            control.should_save = control.should_training_stop = True
 
 
 def last_checkpoint(state: Path) -> str | None:

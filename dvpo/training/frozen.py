@@ -17,6 +17,8 @@ from dvpo.errors import InputError
 
 KEY = "DVPO_API_KEY"
 """The environment variable with the scoring server's key."""
+PATIENCE = 15.0
+"""Seconds for the server's first answer."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class RemoteValues:
         from dvpo.integrations.client import GVMClient
 
         key = os.environ.get(KEY)
-        # One token, now and with little patience: a wrong address is known before the first rollout.
-        GVMClient(url, api_key=key, tokenizer=tokenizer, timeout=15).score([[0]], [[0]])
+        # One token, now: a wrong address is known before the first rollout.
+        GVMClient(url, api_key=key, tokenizer=tokenizer, timeout=PATIENCE).score([[0]], [[0]])
         self.client = GVMClient(url, api_key=key, tokenizer=tokenizer)
 
     def __call__(self, texts: list[Encoded]) -> Tensor:

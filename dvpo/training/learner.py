@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -53,8 +52,7 @@ class Learner:
     def step(self) -> None:
         """One step of the optimizer, with the gradient's norm clipped."""
         if self.processes.count > 1:
-            for p in trainable(self.module):
-                dist.all_reduce(p.grad)
+            self.processes.sum_in_place([p.grad for p in trainable(self.module) if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(trainable(self.module), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -151,7 +149,7 @@ class ShardedLearner(Learner):
     def __init__(self, module: Any, learning_rate: float, max_grad_norm: float, processes: Processes):
         shard_layers(module, processes)
         super().__init__(module, learning_rate, max_grad_norm, processes)
-        self.optimizer.defaults["foreach"] = self.optimizer.param_groups[0]["foreach"] = False  # parts and whole tensors
+        self.optimizer.param_groups[0]["foreach"] = False  # one call cannot take parts and whole tensors
 
     @property
     def _parts(self) -> list[FSDPModule]:
@@ -165,16 +163,15 @@ class ShardedLearner(Learner):
 
     def step(self) -> None:
         """See `Learner`."""
-        parts, others = [], []  # of the gradient; they cannot be in one call
-        for p in trainable(self.module):
-            if isinstance(p.grad, DTensor):
-                parts.append(p.grad)
-            elif p.grad is not None:  # outside the layers, every process has a whole weight
-                dist.all_reduce(p.grad)
-                others.append(p.grad.div_(self.processes.count))
+        gradients = [p.grad for p in trainable(self.module) if p.grad is not None]
+        parts = [g for g in gradients if isinstance(g, DTensor)]
+        others = [g for g in gradients if not isinstance(g, DTensor)]  # outside the layers: whole on every process
+        self.processes.sum_in_place(others)
+        for gradient in others:
+            gradient.div_(self.processes.count)
         norms = [whole(torch.nn.utils.get_total_norm(part)) for part in (parts, others) if part]
         scale = (self.max_grad_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0).to(self.processes.device)
-        for gradient in parts + others:
+        for gradient in gradients:
             gradient.mul_(scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dvpo import distributed, models
+from dvpo import distributed, models, stopping
 from dvpo.batching import buckets, places
 from dvpo.config import PolicySettings
 from dvpo.data.records import Message
@@ -31,8 +31,8 @@ from dvpo.objectives.advantages import ESTIMATORS, Signals, discounted_sum
 from dvpo.objectives.kl import AdaptiveKL, kl_loss, kl_rewards
 from dvpo.objectives.policy_loss import critic_loss, policy_loss
 from dvpo.objectives.stats import masked_mean, masked_whiten
-from dvpo.rollout import Engine, prompt_seed
-from dvpo.rollout.transformers import TransformersEngine
+from dvpo.rollout import prompt_seed
+from dvpo.training.engines import importance_weights, make_engine
 from dvpo.training.frozen import Frozen, RemoteValues, frozen_model
 from dvpo.training.learner import Learner, learner
 from dvpo.training.policy_state import load_state, save_state
@@ -97,9 +97,7 @@ class OnlineTrainer:
             self.critic = self.critic_learner.module
         self.reward_scale = frozen.reward_scale
         self.kl = AdaptiveKL(settings.kl.beta, settings.kl.target, settings.kl.horizon)
-        self.engine: Engine = TransformersEngine(
-            self.policy, self.tokenizer, settings.max_new_tokens, settings.temperature
-        )
+        self.engine = make_engine(settings, self.policy, self.tokenizer, start)
         self.prompts = self._encode(prompts)
         self.update = 0
         self.log: list[dict[str, float]] = []
@@ -110,8 +108,11 @@ class OnlineTrainer:
         load_state(self, state)
         while self.update < self.settings.updates:
             self.step()
-            if self.update % self.settings.save_updates == 0 and self.update < self.settings.updates:
+            stop = any(self.processes.gather([stopping.asked()]))
+            if (stop or self.update % self.settings.save_updates == 0) and self.update < self.settings.updates:
                 save_state(self, state)
+                if stop:
+                    raise stopping.Stopped(f"stopped as asked after update {self.update} of {self.settings.updates}")
         return self.log
 
     def step(self) -> dict[str, float]:
@@ -119,9 +120,14 @@ class OnlineTrainer:
         chosen = self._prompts_of(self.update)
         seed = random.Random(f"{self.seed} {self.update}").getrandbits(31)
         with self._timed("generate"):
-            texts, greedy = self._roll_out(chosen)
+            texts, greedy, drawn = self._roll_out(chosen)
         with self._timed("judge"):
             rollouts, row = self._judge(chosen, texts, greedy)
+            cap = getattr(self.settings.engine, "importance_cap", None)
+            if cap is not None:
+                weights = importance_weights(rollouts.old_logprobs, drawn, rollouts.mask, cap)
+                rollouts.advantages = rollouts.advantages * weights
+                row["importance"] = float(masked_mean(weights, rollouts.mask))
         with self._timed("learn"):
             row |= self._learn(rollouts, seed)
         self.kl.update(row["kl"], len(texts))
@@ -139,16 +145,21 @@ class OnlineTrainer:
         if self.critic_learner is not None:
             self.critic_learner.save(self.tokenizer, out / "critic")
 
-    def _roll_out(self, chosen: Sequence[int]) -> tuple[list[Encoded], list[Encoded]]:
-        """The sampled responses (a prompt's are neighbours), and ReMax's greedy ones."""
+    def _roll_out(self, chosen: Sequence[int]) -> tuple[list[Encoded], list[Encoded], list[list[float]]]:
+        """The sampled responses (a prompt's are neighbours), ReMax's greedy ones, and the engine's log-probabilities of
+        what it sampled.
+        """
         prompts = [self.prompts[i][1] for i in chosen for _ in range(self._group)]
         mine = self.processes.share(prompts)
         seeds = self.processes.share([prompt_seed(self.seed, self.update, place) for place in range(len(prompts))])
         self.policy_learner.model.eval()
-        with self.policy_learner.gathered(), self.engine.awake():
-            sampled = [sample.token_ids for sample in self.engine.sample(mine, seeds)]
+        own = self.settings.engine.name == "transformers"  # the others gather one weight at a time
+        with self.policy_learner.gathered() if own else nullcontext(), self.engine.awake():
+            samples = self.engine.sample(mine, seeds)
             greedy = self.engine.greedy(mine) if self.algorithm.name == "remax" else []
-        return _zip(prompts, self.processes.gather(sampled)), _zip(prompts, self.processes.gather(greedy))
+        samples, greedy = self.processes.gather(samples), self.processes.gather(greedy)
+        texts = _zip(prompts, [sample.token_ids for sample in samples])
+        return texts, _zip(prompts, greedy), [sample.logprobs for sample in samples]
 
     @torch.no_grad()
     def _judge(

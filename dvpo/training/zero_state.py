@@ -28,6 +28,7 @@ def zero_state(zero: Any, groups: Groups) -> tuple[dict[torch.nn.Parameter, Tens
     steps = _steps(zero)
     state = {}
     if steps:
+        _link(zero)
         state = {
             i: {"step": torch.tensor(float(steps))}
             | {key: safe_get_full_optimizer_state(p, key).cpu().clone() for key in MOMENTS}
@@ -69,8 +70,7 @@ def load_zero_state(
     for flat in _flat_parts(zero):
         step = torch.tensor(float(state[0]["step"]))
         zero.optimizer.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()
+    _link(zero)
     for i, p in enumerate(ordered):
         for key in MOMENTS:
             safe_set_full_optimizer_state(p, state[i][key].to(p.device).float(), key)
@@ -80,6 +80,16 @@ def _flat_parts(zero: Any) -> list[Tensor]:
     """This process's parts of the float32 weights: what the optimizer really steps."""
     stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
     return list(zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)
+
+
+def _link(zero: Any) -> None:
+    """Lets every parameter find its moments (stages 1 and 2).
+
+    DeepSpeed does it by itself when the first group of parameters has stepped, too early for the other groups.
+    """
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _steps(zero: Any) -> int:

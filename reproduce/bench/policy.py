@@ -52,7 +52,7 @@ class Work:
     def settings(self, method: str) -> PolicySettings:
         """The settings of one of ours; its distance to the reference is a loss term, as TRL's is."""
         return PolicySettings(
-            algorithm=METHODS[method],  # type: ignore[arg-type]
+            algorithm=METHODS[method],
             learning_rate=1e-6,
             updates=1_000_000,
             prompts_per_update=len(self.prompts),
@@ -61,7 +61,7 @@ class Work:
             epochs=EPOCHS,
             max_prompt_tokens=MAX_PROMPT_TOKENS,
             max_new_tokens=self.max_new_tokens,
-            kl={"beta": _BETA, "target": None, "form": "loss"},  # type: ignore[arg-type]
+            kl={"beta": _BETA, "target": None, "form": "loss"},
             bf16=self.bf16,
         )
 

@@ -45,6 +45,7 @@ def gvm(model: Path, data: str, against: str | None, dtype: str, rounds: int, as
     from reproduce.bench import gvm as bench
 
     result = bench.measure(model, data, against, dtype == "bfloat16", rounds)
+    result["command"] = _command("gvm", model=model, data=data, against=against, dtype=dtype, rounds=rounds)
     if as_json:
         print_json(result)
         return
@@ -76,6 +77,8 @@ def policy(
     from reproduce.bench import policy as bench
 
     result = bench.measure(start, gvm, reward, prompts, against, dtype == "bfloat16", rounds)
+    given = {"start": start, "gvm": gvm, "reward": reward, "prompts": prompts}
+    result["command"] = _command("policy", **given, against=against, dtype=dtype, rounds=rounds)
     if as_json:
         print_json(result)
         return
@@ -98,7 +101,7 @@ def growth(rounds: int, as_json: bool) -> None:
     _prepare()
     from reproduce.bench import growth as bench
 
-    result = bench.measure(rounds)
+    result = {**bench.measure(rounds), "command": _command("growth", rounds=rounds)}
     if as_json:
         print_json(result)
         return
@@ -114,6 +117,12 @@ def _prepare() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # Everything that is measured gets every core, unless the caller says otherwise.
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+
+
+def _command(kind: str, **options: Any) -> str:
+    """What was asked for, with the last part of every path: where things lie is this machine's own."""
+    given = [f"--{name} {Path(str(value)).name}" for name, value in options.items() if value is not None]
+    return " ".join(["dvpo bench", kind, *given])
 
 
 def _require_trl(against: str | None) -> None:

@@ -85,8 +85,10 @@ def _text(document: dict[str, Any]) -> str:
     for row in rows:
         answers.setdefault(_answer(row, cluster["device"]["name"]), []).append(row["stage"])
     lines += [f"{', '.join(stages)}: {answer}" for answer, stages in answers.items()]
-    if lower := [f"{row['stage']} ({row['least_zero']})" for row in rows if row["fits"] and row["least_zero"] < row["zero"]]:
-        lines.append(f"a lower stage of ZeRO fits too: {', '.join(lower)}")
+    lower = [row for row in rows if row["fits"] and row["least_zero"] < row["zero"]]
+    if lower:
+        named = ", ".join(f"{row['stage']} ({row['least_zero']})" for row in lower)
+        lines.append(f"a lower stage of ZeRO fits too: {named}")
     if document["hours"]:
         lines.append(f"in all: {_range(document['hours'])} hours (one seed; stages with a known number of updates)")
     low, high = (f"{share:.0%}" for share in cluster["device"]["reached"])

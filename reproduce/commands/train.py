@@ -24,7 +24,7 @@ from dvpo.data.records import Example, dump_examples
 from dvpo.errors import InputError, StageError
 from dvpo.files import sha256_json, write_json
 from reproduce.commands.common import require_checkpoint, say
-from reproduce.launch import Devices, Strategy, run_stage
+from reproduce.launch import STRATEGIES, Devices, run_stage
 from reproduce.pipeline import Context, locked
 from reproduce.stages import KINDS
 
@@ -128,7 +128,7 @@ def run(
     out: Path,
     debug: bool = False,
     processes: int | None = None,
-    strategy: Strategy | None = None,
+    strategy: str | None = None,
     offload: bool = False,
 ) -> None:
     """Trains one model as `config` says and puts it in the new folder `out`.
@@ -138,6 +138,8 @@ def run(
     """
     if kind not in TRAINERS:
         raise InputError(f"unknown kind of training {kind!r}; choose from {', '.join(TRAINERS)}")
+    if strategy not in (None, *STRATEGIES):
+        raise InputError(f"unknown --strategy {strategy!r}; choose from {', '.join(STRATEGIES)}")
     devices = Devices(processes, strategy or "ddp", offload)
     trainer = TRAINERS[kind]
     file = read_config(config, trainer.file)
@@ -147,8 +149,9 @@ def run(
     frozen = {"rm" if kind == "gvm" else "reward": file.reward_model, "value": None if remote else file.value_model}
     folders = {name: Path(require_checkpoint(folder)) for name, folder in frozen.items() if folder is not None}
 
-    from dvpo import distributed
+    from dvpo import distributed, stopping
 
+    stopping.listen()
     together = distributed.start()  # alone, unless a launcher has started several
     if distributed.launched() and (processes, strategy, offload) != (None, None, False):
         raise InputError("a launcher has started this process and says all that --processes and --strategy could")

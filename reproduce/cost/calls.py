@@ -1,4 +1,4 @@
-"""Table 6: the paper's cost forms beside what the online loop does, worked out from its settings and counted in a run."""
+"""Table 6: the paper's cost forms beside what the online loop does, by its settings and as counted in a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

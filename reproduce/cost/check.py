@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "remax": {"name": "remax"},
     "grpo": {"name": "grpo", "group_size": 3},
 }
+_SOURCES = ("measured", "predicted")
 _WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z"
 
 
@@ -75,7 +76,7 @@ def speeds(shape: shapes.Shape) -> Speeds:
 
 def predict(shape: shapes.Shape, method: str, measured: dict[str, float], speed: Speeds) -> dict[str, float]:
     """The same numbers by the cost model, for texts of the measured lengths."""
-    device = Device("one thread", 64 * GIB, speed.flops, speed.bandwidth)
+    device = Device("one thread", 64 * GIB, speed.flops, speed.bandwidth, ahead=False)
     cluster = Cluster("here", device, 1, 1e9)
     stage = Stage(method, method, shape, settings(method, int(measured["response_tokens"])))
     setup = setup_of(stage, cluster, 0, False, Wish())
@@ -86,6 +87,22 @@ def predict(shape: shapes.Shape, method: str, measured: dict[str, float], speed:
         "seconds": sum(seconds.values()),
         "generate_seconds": seconds["generate"],
         "memory_gib": peak / GIB,
+    }
+
+
+def report(rows: list[dict[str, Any]], machine: str) -> dict[str, Any]:
+    """The comparison as it is kept: every row with its time and memory against DVPO's of the same model."""
+    dvpo = {row["model"]: row for row in rows if row["method"] == "dvpo"}
+    for row in rows:
+        row["ratios"] = {
+            what: {source: round(row[source][what] / dvpo[row["model"]][source][what], 3) for source in _SOURCES}
+            for what in ("seconds", "memory_gib")
+        }
+    return {
+        "command": "DVPO_SMOLLM2=FOLDER DVPO_PLAN_CHECK=FILE.json pytest -m slow tests/reproduce/test_cost_measured.py",
+        "machine": machine,
+        "note": "seconds are a process's own CPU time per update, one thread; memory is the growth of its peak",
+        "rows": rows,
     }
 
 

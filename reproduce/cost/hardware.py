@@ -24,7 +24,7 @@ class Device:
     """One accelerator or CPU core.
 
     memory: bytes. flops: dense bf16 operations a second at its best. bandwidth: bytes a second of its own memory.
-    reached: from which to which share of the flops training gets.
+    reached: from which to which share of the flops training gets. ahead: kernels are started while others run.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Device:
     flops: float
     bandwidth: float
     reached: tuple[float, float] = (0.03, 0.35)
+    ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ _A100 = Device("A100 80 GB", 79.2 * GIB, 312e12, 2.04e12)
 _H100 = Device("H100 80 GB", 79.2 * GIB, 989e12, 3.35e12)
 _H200 = Device("H200 141 GB", 139.8 * GIB, 989e12, 4.8e12)
 _A10 = Device("A10G 24 GB", 22.2 * GIB, 70e12, 0.6e12)
-_CPU = Device("2 CPU cores", 22 * GIB, 200e9, 16e9, reached=(0.2, 0.8))
+_CPU = Device("2 CPU cores", 22 * GIB, 200e9, 16e9, reached=(0.2, 0.8), ahead=False)
 _SHEET = "the vendor's data sheet; links at about four fifths of the sheet's one-way NVLink speed"
 CLUSTERS = {
     cluster.name: cluster

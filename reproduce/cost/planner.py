@@ -1,4 +1,4 @@
-"""The planner: whether stages fit on a cluster, how they should be spread, how long they take, and what breaks first."""
+"""The planner: whether stages fit on a cluster, how to spread them, how long they take, and what breaks first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ class Stage:
     method: str
     shape: Shape
     settings: TrainSettings | PolicySettings
-    updates: int | None = None
+    updates: float | None = None
     optional: bool = False
 
 
@@ -55,9 +55,7 @@ class Wish:
 def plan(stage: Stage, cluster: Cluster, wish: Wish) -> dict[str, Any]:
     """The answers for one stage: the first way of spreading it that fits, from the quickest to the most sparing.
 
-    Returns {stage, method, optional, parameters, fits, zero, checkpointing, offload, frozen, micro_batch, batch, memory_gib, peak, limit_gib,
-    largest_micro_batch, seconds, seconds_per_update, updates, hours, breaks_first, advice, least_zero, devices_needed}. Times are
-    [least, most].
+    Times are [least, most]; sizes are GiB. `devices_needed` is None where 1024 devices are not enough.
     """
     chosen = next(_fitting(stage, cluster, wish), None)
     fits = chosen is not None

@@ -16,8 +16,6 @@ ALGORITHMS = {
     "remax": {"name": "remax"},
     "grpo": {"name": "grpo", "group_size": 5},
 }
-SIZES = {"openbmb/UltraFeedback": (63_967, 4)}
-"""Prompts, and responses to each, of known data; every pair of a prompt's responses counts, ties too."""
 
 
 def of_model(shape: Shape, cluster: Cluster) -> list[Stage]:
@@ -70,14 +68,17 @@ def _of_atlas(r: AtlasRecipe, shape: Shape) -> list[Stage]:
 
 
 def _of_data(r: DataRecipe, shape: Shape) -> list[Stage]:
-    prompts, responses = SIZES.get((r.data or "").partition("@")[0], (None, 0))
-    valued = prompts and int(prompts * r.shares["value"])
-    pairs = valued and valued * min(responses * (responses - 1) // 2, r.pairs.per_prompt or responses**2)
-    pairs = min((n for n in (pairs, r.pairs.most) if n), default=None)
+    prompts, pairs = None, r.pairs.most
+    texts = 2 * pairs if pairs else None
+    if (e := r.expected) is not None:
+        prompts = e.prompts
+        valued, each = prompts * r.shares.get("value", 0), min(e.pairs, r.pairs.per_prompt or e.pairs)
+        pairs = min(int(valued * each), pairs or prompts**2)
+        texts = min(int(valued * min(e.responses, 2 * each)), texts or prompts**2)
     stages = [_offline("rm", shape, r.rm, pairs)]
-    stages += [replace(_offline("gvm", shape, r.gvm, pairs and 2 * pairs), name=name) for name in r.value_models]
+    stages += [replace(_offline("gvm", shape, r.gvm, texts), name=name) for name in r.value_models]
     if r.sft is not None:
-        stages.insert(0, _offline("sft", shape, r.sft, prompts and int(prompts * r.shares["sft"])))
+        stages.insert(0, _offline("sft", shape, r.sft, prompts and int(prompts * r.shares.get("sft", 0))))
     if r.dpo is not None:
         stages.append(_offline("dpo", shape, r.dpo, pairs))
     methods = [_online(name, shape, r.method(name)) for name in r.methods]

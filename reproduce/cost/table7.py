@@ -1,15 +1,15 @@
 """Table 7's sixteen cells from the cost model: three constants fitted on eight cells, the other eight predicted.
 
-Fitted on: the PPO and DVPO rows, predicted: ReMax and GRPO. The paper describes the first two in words (Appendix F: which
-models each loads and trains), they differ by one trained model only, and both sizes and stages are in either half. The
-choice of rows fell before any error of the model was seen; the cells themselves were known.
+Fitted on: the PPO and DVPO rows; predicted: ReMax and GRPO. The paper describes the first two in words (Appendix F:
+which models each loads and trains), they differ by one trained model, and both sizes are in either half. The choice of
+rows fell before any error of the model was seen; the cells themselves were known.
 
-Readings of the paper are choices beside the three constants. They, and the measured cost of stage 3's hooks, were settled
-after the errors of some combinations had been seen on all cells, so the predicted half is not untouched by them:
-- GB are 2^30 bytes, as torch counts; 4 prompts on each of the 8 devices (Appendix F), in passes of 2, with one optimiser
-  step an epoch and 4 epochs (Appendix C).
-- Frozen models lie whole on every device, at 8B too. Sharded ones would give a far lower memory at 8B, and another ratio
-  of PPO to DVPO.
+Readings of the paper are choices beside the three constants. They, and the measured cost of stage 3's hooks, were
+settled after the errors of some combinations had been seen on all cells, so the predicted half is not untouched:
+- GB are 2^30 bytes, as torch counts; 4 prompts on each of the 8 devices (Appendix F), in passes of 2, with one
+  optimiser step an epoch and 4 epochs (Appendix C).
+- Frozen models lie whole on every device, at 8B too. Sharded ones would give a far lower memory at 8B, and another
+  ratio of PPO to DVPO.
 - Under stage 3 the policy generates with its weights gathered for every token; activations are recomputed.
 - GRPO generates and judges 5 responses a prompt and learns from as many as the others: Table 6 gives it c_back.
 - Prompts of 180 tokens: our assumption; utilisation takes up what is wrong in it.
@@ -31,11 +31,15 @@ MODELS = {"Llama3.2-3B-Base": ("llama-3.2-3b", 1), "Llama3-8B-Base": ("llama-3-8
 PROMPT_TOKENS = 180
 GOAL = 0.15
 MISSES = {
-    ("Llama3.2-3B-Base", "ReMax", "time (s)"): "By the table itself a greedy rollout, scored once, would cost ReMax 31 s"
-    " more than DVPO's whole update of 13 s, while at 8B it costs 18 s: no account of compute gives both. Greedy answers"
-    " of a base model that never end (1024 tokens take about 24 s here) would.",
-    ("Llama3-8B-Base", "GRPO", "time (s)"): "Reading five times the texts costs 21 s more here (17 in judging, 4 in"
-    " prompts), at the utilisation of learning; the table has 10 s. Larger batches in judging than in learning would do.",
+    ("Llama3.2-3B-Base", "ReMax", "time (s)"): (
+        "By the table itself one greedy rollout and its score would cost ReMax 31 s more than DVPO's whole update of "
+        "13 s, but 18 s at 8B: no account of compute gives both. Greedy answers of a base model that never end (1024 "
+        "tokens take about 24 s here) would."
+    ),
+    ("Llama3-8B-Base", "GRPO", "time (s)"): (
+        "Reading five times the texts costs 21 s more here (17 in judging, 4 in prompts), at the utilisation of "
+        "learning; the table has 10 s. Larger batches in judging than in learning would do."
+    ),
 }
 """Why a cell is out of reach, where it is."""
 

@@ -1,7 +1,7 @@
 """Seconds of an update on one device, phase by phase.
 
-A pass takes the time of its arithmetic and of moving its weights and activations, or the host's time to start kernels if
-that is longer. Collectives are added, as if nothing overlapped them.
+A pass takes the time of its arithmetic and of moving its weights and activations, or the host's time to start kernels
+if that is longer (on a CPU both). Collectives are added, as if nothing overlapped them.
 """
 
 from dataclasses import dataclass
@@ -61,11 +61,9 @@ class _Run:
         per_token = self.spread and not self.setup.gathered and not self.setup.vllm_share
         host = VLLM_SECONDS_PER_STEP if self.setup.vllm_share else self.host(per_token)
         cache = shape.cache_bytes(job.responses * (job.prompt_tokens + job.response_tokens / 2), width)
-        step = max(
-            host,
-            (weights + cache) / self.cluster.device.bandwidth,
-            shape.forward_flops(job.responses, job.length, job.responses) / self.flops,
-        )
+        read = (weights + cache) / self.cluster.device.bandwidth
+        flops = shape.forward_flops(job.responses, job.length, job.responses)
+        step = self.together(host, max(read, flops / self.flops))
         prefill = shape.forward_flops(job.responses * job.prompt_tokens, job.prompt_tokens, job.responses)
         gather = self.gather(weights) if self.spread else 0.0
         return gather + prefill / self.flops + job.response_tokens * (step + (gather if per_token else 0.0))
@@ -93,7 +91,7 @@ class _Run:
         flops = self.shape.forward_flops(texts * job.length, job.length, rows)
         kept = texts * job.length * self.shape.layers * layer_activations(self.shape, self.setup)
         moved = self.weights(role) + MOVES * (kept + 8.0 * rows * self.shape.vocab)
-        return max(flops / self.flops + moved / self.cluster.device.bandwidth, self.host(spread))
+        return self.together(self.host(spread), flops / self.flops + moved / self.cluster.device.bandwidth)
 
     def learn(self, role: Role) -> float:
         """All epochs: forward, backward (twice the forward), with checkpointing the forward again; the optimiser."""
@@ -123,6 +121,10 @@ class _Run:
     def gather(self, size: float) -> float:
         """Seconds until each device has `size` bytes that are spread over all; a reduce-scatter takes as long."""
         return size * (self.cluster.devices - 1) / self.cluster.devices / self.cluster.collective
+
+    def together(self, host: float, device: float) -> float:
+        """The host's work and the device's: side by side, or one after the other where they are the same."""
+        return max(host, device) if self.cluster.device.ahead else host + device
 
     def host(self, spread: bool) -> float:
         """What the host needs to start one forward pass."""

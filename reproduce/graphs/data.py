@@ -13,6 +13,8 @@ from reproduce.recipe import DataRecipe
 TARGETS = {"gvm": "preference", "gvm-from-rm": "reward_model", "gvm-from-score": "score"}
 IN_DOMAIN = {"gvm": "T3 T4 T8 T9", "rm": "T3", "critic": "T4"}
 """The tables that show each model's accuracy on held-out pairs; of other GVMs, Table 9."""
+SCALED = 2000
+"""Pairs whose scores give the reward model's mean and standard deviation; more would not change them visibly."""
 TRAINS = ("sft", "rm", "gvm", "dpo", "policy")
 """Kinds of stages that may run in several processes."""
 
@@ -145,7 +147,8 @@ class _Seed:
         """The reward model's scale; one stage for all methods that need it."""
         rm, reward = self.r.rm, self.frozen["reward"]
         limits = {"max_prompt_tokens": rm.max_prompt_tokens, "max_response_tokens": rm.max_response_tokens}
-        settings = {"pairs": self.pairs, **limits}
+        most = min(self.r.pairs.most or SCALED, SCALED)
+        settings = {"pairs": self.pairs | {"most": most}, **limits}
         known = self.graph.stages.get(f"seed{self.seed}/reward-scale")
         # Optional: it runs where a policy that reads it does.
         return known or self.stage(

@@ -77,8 +77,7 @@ def _alpaca_score(document: dict[str, Any]) -> Score:
     found = document["length_controlled"]
     if found["win_rate"] is None:
         return document["win_rate"], document["ci95"]
-    spread = 1.96 * found["standard_error"]
-    return found["win_rate"], [found["win_rate"] - spread, found["win_rate"] + spread]
+    return found["win_rate"], found["ci95"]
 
 
 def _judged(ctx: Context, work: Judged, score: Callable[[dict[str, Any]], Score]) -> dict[str, Any]:

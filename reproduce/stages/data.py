@@ -23,9 +23,8 @@ def checkpoint(ctx: Context) -> dict[str, Any]:
     """
     s = ctx.settings
     folder = _snapshot(s["id"], s["revision"])
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            shutil.copyfile(path, ctx.out / path.name)
+    for path in {path for pattern in CHECKPOINT for path in folder.glob(pattern)}:
+        shutil.copyfile(path, ctx.out / path.name)
     if not any(ctx.out.glob("*.safetensors")):
         raise InputError(f"{s['id']}@{s['revision']} has no .safetensors weights; name a model that has")
     if s["chat_template"] is not None and not _has_template(ctx.out):

@@ -1,9 +1,10 @@
 """Stages that train: each reads its settings into the trainer's own and calls it."""
 
+import functools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,23 @@ from dvpo.config import DpoSettings, GvmSettings, PolicySettings, RewardSettings
 from dvpo.data.pairs import EncodedPair, Encoder, Pick, preference_picks
 from dvpo.data.records import Example, load_examples
 from dvpo.files import write_json
+from reproduce.launch import Devices, run_stage
 from reproduce.pipeline import Context
-from reproduce.stages.launch import in_processes
+
+StageFunction = Callable[[Context], dict[str, Any]]
+
+
+def in_processes(stage: StageFunction) -> StageFunction:
+    """A stage that starts its processes itself where its settings say `compute: {processes, strategy}`."""
+
+    @functools.wraps(stage)
+    def run(ctx: Context) -> dict[str, Any]:
+        from dvpo.distributed import launched
+
+        compute = ctx.settings.get("compute")
+        return run_stage(stage.__name__, ctx, Devices(**compute)) if compute and not launched() else stage(ctx)
+
+    return run
 
 
 @in_processes

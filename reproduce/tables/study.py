@@ -41,8 +41,8 @@ COLLAPSE = (
 OVER = (
     "Over-optimisation is visible where, from the middle third of the updates to the last, the GVM's value rises and "
     "the gold score falls, both 95 % intervals over seeds clear of zero; else it is absent where a fall of the gold "
-    "score above the margin of Table 1 is ruled out; else it cannot be told. Thirds, not peaks: the peak of a noisy curve is "
-    "always above its end."
+    "score above the margin of Table 1 is ruled out; else it cannot be told. Thirds, not peaks: the peak of a noisy "
+    "curve is always above its end."
 )
 
 

@@ -218,10 +218,22 @@ def test_bad_data_is_named(rows: list[dict[str, Any]], message: str, tmp_path: P
     assert message in str(caught.value)
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"prompt": \n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"x\.jsonl cannot be read"):
-        rb.read_pairs(tmp_path / "x.jsonl")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'{"prompt": \n', r"x\.jsonl:1: the line is not JSON"),
+        ("x.jsonl.gz", gzip.compress(json.dumps(raw()).encode(), mtime=0)[:-9], r"x\.jsonl\.gz cannot be read"),
+        ("x.parquet", b"no table", r"x\.parquet cannot be read as parquet"),
+    ],
+    ids=["jsonl", "gzip", "parquet"],
+)
+def test_files_that_cannot_be_read_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        rb.read_pairs(tmp_path / name)
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere is no file or folder; give one, or a hub id"):
         rb.read_pairs(tmp_path / "nowhere")
 

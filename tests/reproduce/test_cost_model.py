@@ -238,12 +238,20 @@ class TestTime:
         forward = shape.forward_flops(20, 5, 8)
         assert found == {"learn": pytest.approx(5 * 3 * forward / 500)}
 
+    def test_a_cpu_starts_kernels_itself(self) -> None:
+        shape, job = SMALL[0], Job(METHODS["sft"], 3, 2, 4, 4)
+        gpu = Cluster("1", Device("d", 1e12, 1e7, 1e30), 1, 1.0)
+        cpu = replace(gpu, device=replace(gpu.device, ahead=False))
+        host = 3 * (shape.layers * hardware.HOST_SECONDS_PER_LAYER + hardware.HOST_SECONDS_PER_STEP)
+        fast, slow = (timing.seconds(job, shape, Setup(), c, 1.0)["learn"] for c in (gpu, cpu))
+        assert slow - fast == pytest.approx(host)
+
     def test_what_distinguishes_the_methods(self) -> None:
         found = {m: self.run(m) for m in ONLINE}
         assert found["ppo"]["generate"] == found["dvpo"]["generate"] == found["remax"]["generate"] / 2
         assert found["ppo"]["learn"] == pytest.approx(2 * found["dvpo"]["learn"], rel=0.15)
         assert found["remax"]["learn"] == found["dvpo"]["learn"]
-        assert found["grpo"]["learn"] == pytest.approx(5 * found["dvpo"]["learn"], rel=0.01)
+        assert found["grpo"]["learn"] == pytest.approx(5 * found["dvpo"]["learn"], rel=0.1)  # the steps are as many
         assert found["dvpo"]["judge"] < found["ppo"]["judge"] < 2 * found["dvpo"]["judge"]
         assert self.run("sft").keys() == self.run("gvm").keys() == self.run("rm").keys() == {"learn"}
         assert self.run("dpo").keys() == {"judge", "learn"}

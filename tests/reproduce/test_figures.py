@@ -21,6 +21,10 @@ ROWS: list[figures.Bar] = [
     {"label": "longer wins", "value": 0.55, "low": None, "high": None},
     {"label": "$not math$", "value": None, "low": None, "high": None},
 ]
+STAGES = {
+    "data": ("0123 · 1 s", []), "sft": ("4567 · 2 s", ["data"]), "gvm": ("89ab · 3 s", ["data", "sft"]),
+    "rm": ("cdef · 3 s", ["sft"]), "lemma": ("0000 · 0 s", []),
+}  # fmt: skip
 RESPONSES = [
     Scored("DVPO", "Say <hi>\nplease", ["<script>", " a", "b\n", "\t", "你"], [1.0, 0.0, -2.0, 0.5, 0.5], [0.0] * 5),
     Scored("SFT", "Other", ["x", "<eos>"], [2.0, -1.0], [0.25, 0.0]),
@@ -32,6 +36,9 @@ DRAWINGS: dict[str, Drawing] = {
     "bars": lambda path: figures.bars(ROWS, path, "accuracy", 0.5, "chance"),
     "bars without a reference": lambda path: figures.bars(ROWS, path, "accuracy"),
     "small curves": lambda path: figures.small_curves(dict.fromkeys("abcd", CURVE), path),
+    "panels": lambda path: figures.panels({name: {"value": CURVE, "gold": CURVE} for name in "abcd"}, path),
+    "shares": lambda path: figures.shares([("A : B", (0.5, 0.3, 0.2)), ("A : C", (1.0, 0.0, 0.0))], path),
+    "stage graph": lambda path: figures.stage_graph(STAGES, path),
     "token picture": lambda path: token_picture.draw(RESPONSES, path),
 }
 
@@ -71,6 +78,7 @@ def test_broken_curves_are_refused(curves: dict[str, figures.Curve], tmp_path: P
     for drawing in (
         lambda: figures.learning_curves(curves, tmp_path / "x", "y", "t"),
         lambda: figures.small_curves(curves, tmp_path / "x"),
+        lambda: figures.panels({"a": curves}, tmp_path / "x"),
     ):
         with pytest.raises(ValueError, match="curve"):
             drawing()
@@ -82,6 +90,25 @@ def test_broken_bars_are_refused(tmp_path: Path) -> None:
         figures.bars([], tmp_path / "x", "y")
     with pytest.raises(ValueError, match=r"interval of a goes from 2.* to 1"):
         figures.bars([{"label": "a", "value": 1.5, "low": 2.0, "high": 1.0}], tmp_path / "x", "y")
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.1), (1.2, -0.2, 0.0)])
+def test_shares_that_are_none_are_refused(shares: tuple[float, ...], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shares of A do not sum to 1"):
+        figures.shares([("A", shares)], tmp_path / "x")
+    with pytest.raises(ValueError, match="no rows"):
+        figures.shares([], tmp_path / "x")
+
+
+def test_a_stage_hangs_from_the_end_of_its_longest_chain_and_shares_its_first_childs_row() -> None:
+    column, parent = figures._tree(STAGES)
+    assert column == {"data": 0, "sft": 1, "gvm": 2, "rm": 2, "lemma": 0}
+    assert parent == {"data": None, "sft": "data", "gvm": "sft", "rm": "sft", "lemma": None}
+    assert figures._tree_rows(parent) == {"data": 0, "sft": 0, "gvm": 0, "rm": 1, "lemma": 2}
+    with pytest.raises(ValueError, match="stage b needs a"):
+        figures.stage_graph({"b": ("", ["a"]), "a": ("", [])}, Path("x"))
+    with pytest.raises(ValueError, match="no stages"):
+        figures.stage_graph({}, Path("x"))
 
 
 def test_settings_of_matplotlib_are_left_as_they_were(tmp_path: Path) -> None:

@@ -4,16 +4,23 @@ import json
 
 import pytest
 
+from dvpo.config import ModelSize
 from dvpo.errors import InputError
 from reproduce import recipe
 from reproduce.graph import Graph, build
 from reproduce.graphs.common import Graph as Common
-from reproduce.pipeline import Stage, Store
+from reproduce.pipeline import Stage
+from reproduce.recipe import AtlasRecipe
 
-OPTIONAL = {
-    *(f"seed0/{stage}/dvpo-gae-kl-{beta}" for stage in ("policy", "gold") for beta in ("0.01", "0.1")),
-    *(f"seed0/{name}" for name in ("base-large", "sft-large", "gvm-large", "accuracy/gvm-large")),
-}
+SWEPT = {f"seed0/{stage}/dvpo-gae-kl-{beta}" for stage in ("policy", "gold") for beta in ("0.01", "0.1")}
+
+
+def sized(*overrides: str) -> set[str]:
+    """The stages of the recipe's optional size."""
+    loaded = recipe.load("tiny", overrides)
+    assert isinstance(loaded, AtlasRecipe)
+    (size,) = (name for name, size in loaded.other_sizes.items() if size.optional)
+    return {f"seed0/{name}-{size}" for name in ("base", "sft", "gvm", "accuracy/gvm")}
 
 
 def tiny(*overrides: str) -> Graph:
@@ -49,11 +56,11 @@ def test_an_optional_stage_runs_only_where_it_is_asked_for_or_needed() -> None:
 
 def test_a_plain_run_leaves_the_optional_stages_out() -> None:
     graph = tiny()
-    assert set(graph.stages) - ids(graph) == OPTIONAL == graph.optional
+    assert set(graph.stages) - ids(graph) == SWEPT | sized() == graph.optional
     assert "study" not in graph.leaves
     assert not any("@" in name or "-td" in name or "-tau" in name for name in graph.stages)
-    assert ids(graph, "T10") & OPTIONAL == {i for i in OPTIONAL if "kl" in i}
-    assert ids(graph, "T8") & OPTIONAL == {i for i in OPTIONAL if "large" in i}
+    assert ids(graph, "T10") & graph.optional == SWEPT
+    assert ids(graph, "T8") & graph.optional == sized()
 
 
 def test_the_study_is_in_the_graph_where_the_recipe_says_so() -> None:
@@ -110,12 +117,10 @@ def test_table_10_changes_the_strength_of_kl_alone() -> None:
         assert other.inputs == own.inputs
 
 
-def test_the_size_of_a_stage_is_its_own(tmp_path) -> None:
-    """Whether a size is optional is no part of its stages' keys."""
+def test_whether_a_size_is_optional_is_no_part_of_its_keys() -> None:
     graph, study = tiny(), tiny("study=true")
-    assert "optional" not in graph.stages["seed0/base-large"].settings["size"]
-    first = Store(tmp_path).job(graph.stages["seed0/atlas"], {})
-    assert first is not None
+    (base,) = (name for name in sized() if name.startswith("seed0/base-"))
+    assert set(graph.stages[base].settings["size"]) == set(ModelSize.model_fields)
     assert all(content(graph.stages[i]) == content(study.stages[i]) for i in graph.stages)
 
 

@@ -1,5 +1,6 @@
 """The paper's recipes: their models' true sizes, their settings, what they ask of the user, and their plans."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 
 from dvpo.errors import InputError
-from reproduce import recipe
+from reproduce import app, recipe
+from reproduce.commands import dry_run
 from reproduce.graph import build
+from reproduce.graphs.outline import outline, updates
 from reproduce.pipeline import plan
 from reproduce.recipe import FOLDER, DataRecipe
 
@@ -165,11 +168,66 @@ def test_what_is_not_pinned_is_named_with_the_way_out() -> None:
     with pytest.raises(InputError, match=words):
         recipe.require_pinned(r, None)
     commit = "a" * 40
-    pinned = ("hub.revision", f"other_data.hh-rlhf=Anthropic/hh-rlhf@{commit}")
-    pinned = (f"hub.revision={commit}", pinned[1], f"benchmarks.rewardbench=allenai/reward-bench@{commit}")
+    hh = f"other_data.hh-rlhf=Anthropic/hh-rlhf@{commit}"
+    pinned = (f"hub.revision={commit}", hh, f"benchmarks.rewardbench=allenai/reward-bench@{commit}")
     for left_out, key in ((1, "other_data.hh-rlhf=Anthropic/hh-rlhf@COMMIT"), (2, "benchmarks.rewardbench=allenai")):
         some = paper("mistral-7b-instruct", *(p for i, p in enumerate(pinned) if i != left_out))
         with pytest.raises(InputError, match=key):
             recipe.require_pinned(some, None)
     recipe.require_pinned(paper("mistral-7b-instruct", *pinned), None)
     recipe.require_pinned(recipe.load("tiny"), None)
+
+
+def test_the_outline_says_what_a_run_takes() -> None:
+    r = paper("llama3-8b-instruct", "judge={model: some-judge}", f"benchmarks.mt_bench={FOLDER}")
+    graph = build(r, None)
+    found = outline(r, graph.order(None))
+    lines = {line.id.removeprefix("seed0/"): line for line in found.lines}
+    assert [line.id for line in found.lines] == [s.id for s in graph.order(None)]
+    trained = {i: lines[i] for i in ("rm", "gvm", "gvm-from-rm", "dpo", *(f"policy/{m}" for m in r.methods))}
+    for line in trained.values():
+        assert line.memory is not None
+        assert line.hours is not None
+        assert line.fits == (line.memory[0] <= line.memory[1])
+        assert 0 < line.hours[0] < line.hours[1]
+        assert "8 processes" in line.command
+        assert "zero3" in line.command
+    assert all(line.hours is None for i, line in lines.items() if i not in trained)
+    assert lines["in-domain/gvm"].command == "evaluation:pairwise in the run's own process"
+    # 8.03 thousand million parameters: 2 bytes each as fetched, 4 as written, and PPO keeps its critic.
+    assert (lines["model"].disk, lines["gvm"].disk, lines["policy/ppo"].disk) == (16.1, 32.1, 64.2)
+    assert found.disk is not None
+    assert found.disk[0] == pytest.approx(16.1 + 7 * 32.1 + 64.2, abs=0.2)
+    assert lines["policy/dvpo-gae"].settings["train"] == r.method("dvpo-gae").model_dump(mode="json")
+
+
+def test_the_steps_follow_from_what_the_data_holds() -> None:
+    """63,967 prompts; of 80 % of them two pairs each in batches of 32, and their 4 answers for the GVM; two epochs."""
+    r = paper("llama3-8b-instruct")
+    stages = build(r, None).stages
+    assert updates(r, stages["seed0/rm"]) == -(-63_967 * 0.8 * 2 * 2 // 32)
+    assert updates(r, stages["seed0/gvm"]) == -(-63_967 * 0.8 * 4 * 2 // 256)
+    assert updates(r, stages["seed0/policy/ppo"]) == 1250
+    base = paper("llama3-8b-base")
+    assert updates(base, build(base, None).stages["seed0/sft"]) == -(-63_967 * 0.4 * 3 // 128)
+
+
+def test_a_recipe_without_a_machine_has_an_outline_without_numbers() -> None:
+    tiny = recipe.load("tiny")
+    found = outline(tiny, build(tiny, None).order(None))
+    assert (found.hours, found.disk) == (None, None)
+    assert all(line.memory is line.hours is line.disk is None for line in found.lines)
+
+
+def test_the_dry_run_prints_all_of_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    request = app.Request("llama3-8b-base", (), (), None, None, (), tmp_path / "run")
+    dry_run.run(request, as_json=False)
+    said = capsys.readouterr().out
+    for words in ("learning_rate: 2.0e-06", "seed0/policy/grpo", "8 processes", "hours of training on 8xa100-80gb"):
+        assert words in said
+    dry_run.run(request, as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["id"] == "seed0/model"
+    assert rows[0]["settings"]["revision"] == "TO-BE-PINNED"
+    assert next(r for r in rows if r["id"] == "seed0/gvm")["memory_gib"]["fits"]
+    assert not list(tmp_path.iterdir())

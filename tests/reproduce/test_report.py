@@ -1,5 +1,6 @@
 """The report: the numbers given and no others, nothing from outside, text that stays text, the same bytes again."""
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -9,7 +10,11 @@ from typing import Any
 import pytest
 
 from reproduce import figures, token_picture
-from reproduce.report import ReportData, table_markdown, table_text, write_report
+from reproduce.report import ReportData, Section, Sheet, table_text, write_report
+from reproduce.report_markdown import table_markdown
+
+CHROMIUM = Path("/usr/bin/chromium")
+OWN = ("file://", "data:")
 
 ROW: dict[str, Any] = {
     "model": "Llama3-8B",
@@ -61,7 +66,16 @@ def data(tmp_path: Path) -> ReportData:
             {"title": "Log", "text": "a <script>\n```\nb"},
         ],
         findings=["DVPO beats SFT <here> on 3 of 4 *tables*."],
-        stages=[{"id": "sft", "kind": "sft", "key": "0123456789abcdef0123", "seconds": 61.2, "state": "done"}],
+        stages=[
+            {
+                "id": "sft",
+                "kind": "sft",
+                "key": "0123456789abcdef0123",
+                "seconds": 61.2,
+                "state": "done",
+                "needs": ["base", "data"],
+            }
+        ],
         not_run=["Table 9: needs 8 GPUs."],
     )
 
@@ -121,8 +135,7 @@ def test_the_page_shows_the_numbers_it_was_given(data: ReportData, tmp_path: Pat
         "Table 9: needs 8 GPUs.",
     ):
         assert part in text
-    assert "✓ reproduced 1" in text
-    assert "✗ differs 1" in text
+    assert "rows by verdict ✓ reproduced ✗ differs ○ not run (tier) Table 4 1 1 1 all 1 1 1" in text
     assert "within tolerance" not in text, "no row has this verdict"
     order = [
         "What was run where",
@@ -185,8 +198,8 @@ def test_the_markdown_says_the_same(data: ReportData, tmp_path: Path) -> None:
     assert "](<../f.svg>)" in text
     assert "````\na <script>\n```\nb\n````" in text
     assert "| time | 1 h 02 min |" in text
-    assert "| ✗ differs | 1 |" in text
-    assert "| sft | sft | 0123456789abcdef | 1 min 01 s | done |" in text
+    assert "| rows by verdict | ✓ reproduced | ✗ differs | ○ not run (tier) |" in text
+    assert "| sft | sft | base, data | 0123456789abcdef | 1 min 01 s | done |" in text
 
 
 def test_an_empty_report_is_a_report(tmp_path: Path) -> None:
@@ -233,7 +246,7 @@ def test_the_markdown_table_keeps_its_columns() -> None:
         (0.0, [0.0, 0.1], "0.000 [0.000, 0.100]"),
         (12345.6, None, "12,346 —"),
         (8030261248, None, "8,030,261,248 —"),
-        (0.0000012345, [0.0, 0.1], "1.234e-06 [0.00000000, 0.10000000]"),
+        (0.0000012345, [0.0, 0.1], "1.234e-06 [0.0000, 0.1000]"),
         (float("nan"), None, "not finite —"),
         ("2 models", None, "2 models —"),
     ],
@@ -241,3 +254,84 @@ def test_the_markdown_table_keeps_its_columns() -> None:
 def test_numbers_have_four_digits_and_intervals_as_many_places(measured: Any, interval: Any, expected: str) -> None:
     text = table_text({"table": 1, "recipe": "tiny", "rows": [{**ROW, "measured": measured, "ci95": interval}]})
     assert f" {expected} " in re.sub(" +", " ", text)
+
+
+class TestParts:
+    """What a report may have beside tables and figures."""
+
+    def test_a_section_is_in_every_form(self, data: ReportData, tmp_path: Path) -> None:
+        sheet = Sheet("Pairs <1>", ("left", "p"), [("a|b", "0.01"), ("c", "")], "Holm's <method>.", range(1, 2))
+        figure = {**data.figures[0], "figure": "study", "command": ""}
+        section = Section("The study", ["Plain <words>."], [sheet], [figure], "dvpo reproduce --all")
+        path = write_report(replace(data, sections=[section]), tmp_path / "run")
+        page = Page(path)
+        text = squeezed(page.text)
+        for part in ("Plain <words>.", "Pairs <1>", "a|b 0.01", "Holm's <method>.", "dvpo reproduce --all"):
+            assert part in text
+        assert text.index("What it shows.") < text.index("Plain <words>.") < text.index("1 min 01 s")
+        assert sum(tag == "svg" for tag, _ in page.elements) == 3
+        ids = page.values("id")
+        assert len(ids) == len(set(ids)), "the same picture twice has ids of its own"
+        markdown = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+        assert "## The study" in markdown
+        assert "| a\\|b | 0.01 |" in markdown
+        document = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+        assert document["sections"][0]["sheets"][0]["rows"] == [["a|b", "0.01"], ["c", ""]]
+        assert document["verdicts"] == {"reproduced": 1, "differs": 1, "not run (tier)": 1}
+        assert document["figures"][0]["files"] == ["../f.svg", "../f.png"]
+
+    def test_the_rows_and_bounds_of_a_figure_are_shown_and_counted(self, data: ReportData, tmp_path: Path) -> None:
+        figure = {**data.figures[0], "files": [], "rows": [{**ROW, "method": "win rate"}], "bounds": ["Over 50."]}
+        text = squeezed(Page(write_report(replace(data, figures=[figure]), tmp_path)).text)
+        assert "win rate accuracy 64.2 0.7123" in text
+        assert "What counts as reproduced Over 50." in text
+        assert "Figure 4 1 all 2 1 1" in text
+        assert "Over 50." in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+    def test_what_the_paper_says_against_itself_stands_below_its_table(self, data: ReportData, tmp_path: Path) -> None:
+        table = {**TABLE, "paper_notes": ["It says 1.74 where <cells> give 1.54."], "bounds": ["Up to 2."]}
+        text = squeezed(Page(write_report(replace(data, tables=[table]), tmp_path)).text)
+        assert "The paper on its own numbers It says 1.74 where <cells> give 1.54." in text
+        assert "The paper on its own numbers:\n\n- It says" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+    def test_a_prediction_is_named_so(self) -> None:
+        row = {**ROW, "measured": None, "ci95": None, "n": None, "seeds": None, "verdict": "not run (tier)"}
+        rows = [{**row, "predicted": 30.63, "fitted": False}, {**row, "predicted": 47.08, "fitted": True}]
+        text = table_text({"table": 7, "recipe": "tiny", "rows": rows})
+        assert "predicted 30.63" in text
+        assert "fitted 47.08" in text
+
+    def test_the_stage_graph_is_drawn_and_counts_as_no_figure(self, data: ReportData, tmp_path: Path) -> None:
+        graph = {**data.figures[0], "figure": "stages", "title": "Stage graph", "caption": "Seed 0."}
+        page = Page(write_report(replace(data, graph=graph), tmp_path))
+        assert "Seed 0." in page.text
+        assert "Figure stages" not in page.text
+
+
+@pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"the report is tried in {CHROMIUM}, which is absent")
+def test_in_a_browser_it_fits_a_phone_and_a_sheet(data: ReportData, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    wide = "a command with many words " * 12
+    path = write_report(replace(data, tables=[{**TABLE, "command": wide}] * 3), tmp_path)
+    said: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--headless", "--no-sandbox"])
+        for width, height in ((1200, 900), (390, 844)):
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.on("console", lambda message: said.append(message.text))
+            page.on("request", lambda request: said.append(request.url) if not request.url.startswith(OWN) else None)
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out sideways"
+            heading = page.locator("thead").first
+            assert (heading.bounding_box() or {"height": 0})["height"] > 1 or width < 700, "cards have no header line"
+            assert page.locator("svg").first.is_visible()
+            page.close()
+        page = browser.new_page()
+        page.goto(path.as_uri())
+        page.emulate_media(media="print")
+        assert not page.locator("nav").is_visible()
+        assert page.locator("pre").first.evaluate("e => e.scrollWidth <= e.clientWidth"), "a command wraps on paper"
+        assert page.pdf()[:4] == b"%PDF"
+        browser.close()
+    assert said == []

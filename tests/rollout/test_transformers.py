@@ -1,6 +1,8 @@
-"""The trainer's own engine: plain greedy tokens, samples of the whole distribution, seeds by prompt, work that stops."""
+"""The trainer's own engine: plain greedy tokens, the whole distribution, a seed for each prompt, work that stops."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -126,7 +128,9 @@ def test_rows_that_are_done_are_not_computed(engine, prompt_ids) -> None:
     """One token per row and step after the prompts, and no step after the last row has ended."""
     ours = engine(limit=64)
     sizes = []
-    ours.model.register_forward_pre_hook(lambda _, __, inputs: sizes.append(inputs["input_ids"].shape), with_kwargs=True)
+    ours.model.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(inputs["input_ids"].shape), with_kwargs=True
+    )
     lengths = [len(s.token_ids) for s in ours.sample(prompt_ids, range(len(prompt_ids)))]
     assert sizes[0] == (len(prompt_ids), max(map(len, prompt_ids)))
     assert sizes[1:] == [(sum(length > step for length in lengths), 1) for step in range(1, max(lengths))]
@@ -143,6 +147,23 @@ def test_an_adapter_takes_part(engine, prompt_ids) -> None:
     assert ours.greedy(prompt_ids) != plain
     with ours.model.disable_adapter():
         assert ours.greedy(prompt_ids) == plain
+
+
+def test_weights_are_gathered_once_for_the_whole_phase(engine, tokenizer, prompt_ids) -> None:
+    events = []
+
+    @contextmanager
+    def gathered() -> Iterator[None]:
+        events.append("gather")
+        yield
+        events.append("release")
+
+    ours = TransformersEngine(engine().model, tokenizer, 12, 1.0, gathered)
+    ours.model.register_forward_hook(lambda *_: events.append("step"))
+    with ours.awake():
+        ours.sample(prompt_ids, range(len(prompt_ids)))
+        ours.greedy(prompt_ids[:2])
+    assert events[0] == "gather" and events[-1] == "release" and set(events[1:-1]) == {"step"}
 
 
 def test_the_cumulative_distribution_by_hand() -> None:

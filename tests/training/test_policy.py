@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from dvpo import models
 from dvpo.config import Dvpo, KLSettings, LoraSettings, PolicySettings, Ppo
 from dvpo.data.atlas import Atlas, build_tokenizer
-from dvpo.data.templates import Encoded, encode_prompt
+from dvpo.data.templates import encode_prompt
 from dvpo.errors import InputError
-from dvpo.rollout.transformers import TransformersEngine
 from dvpo.training import policy
 from dvpo.training.policy import Frozen, OnlineTrainer, Prompt, Rollouts, response_logprobs
 from dvpo.values import collate
@@ -87,24 +86,6 @@ def judged(trainer: OnlineTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Roll
 
     monkeypatch.setattr(trainer, "_judge", judge)
     return kept
-
-
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_a_plain_forward(checkpoints, texts, arch: str, temperature: float) -> None:
-    model = models.load(checkpoints[arch, "policy"], "policy").eval()
-    mixed = [*texts[:5], Encoded(texts[5].prompt_ids * 2, texts[5].response_ids[:1])]
-    assert len({len(t.prompt_ids) for t in mixed}) > 2
-    assert len({len(t.response_ids) for t in mixed}) > 2
-    with torch.no_grad():
-        found = response_logprobs(model, collate(mixed, 0), temperature)
-        for row, text in enumerate(mixed):
-            ids = torch.tensor([text.prompt_ids + text.response_ids])
-            logprobs = (model(ids).logits[0].double() / temperature).log_softmax(-1)
-            first, count = len(text.prompt_ids), len(text.response_ids)
-            plain = [float(logprobs[first + t - 1, text.response_ids[t]]) for t in range(count)]
-            assert found[row, :count].tolist() == pytest.approx(plain, abs=1e-5)
-            assert not found[row, count:].any()
 
 
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
@@ -383,63 +364,3 @@ def test_a_strong_penalty_holds_the_policy_back(make, tmp_path, form: str) -> No
         trainer.train(tmp_path / f"{form}-{beta}")
         far[beta] = sum(abs(r["kl"]) for r in trainer.log[1:])
     assert far[50.0] < far[0.0]
-
-
-# The engine.
-
-
-def by_hand(model: Any, prompt: list[int], eos: int, limit: int) -> list[int]:
-    """Greedy decoding without cache or padding."""
-    made: list[int] = []
-    while len(made) < limit and eos not in made:
-        made.append(int(model(torch.tensor([prompt + made])).logits[0, -1].argmax()))
-    return made
-
-
-@pytest.fixture(scope="module")
-def prompt_ids(texts: list[Encoded]) -> list[list[int]]:
-    assert len({len(t.prompt_ids) for t in texts}) > 3
-    return [t.prompt_ids for t in texts]
-
-
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@torch.no_grad()
-def test_greedy_tokens_are_the_plain_argmax_whoever_is_beside_them(starts, tokenizer, prompt_ids, arch: str) -> None:
-    model = models.load(starts[arch], "policy").eval()
-    engine = TransformersEngine(model, tokenizer, 16, 0.7)
-    plain = [by_hand(model, p, tokenizer.eos_token_id, 16) for p in prompt_ids]
-    assert engine.generate(prompt_ids, seed=0, greedy=True) == plain
-    assert engine.generate(prompt_ids[::-1], seed=1, greedy=True) == plain[::-1]
-    assert [engine.generate([p], seed=0, greedy=True)[0] for p in prompt_ids] == plain
-
-
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_samples_end_at_eos_and_follow_the_seed_alone(starts, tokenizer, prompt_ids, arch: str) -> None:
-    engine = TransformersEngine(models.load(starts[arch], "policy").eval(), tokenizer, 12, 1.0)
-    before = torch.get_rng_state()
-    first = engine.generate(prompt_ids * 16, seed=3)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.rand(5)
-    assert engine.generate(prompt_ids * 16, seed=3) == first
-    assert engine.generate(prompt_ids * 16, seed=4) != first
-    eos = tokenizer.eos_token_id
-    ended = [r for r in first if r[-1] == eos]
-    assert 0 < len(ended) < len(first)
-    assert all(r.count(eos) == 1 and len(r) <= 12 for r in ended)
-    assert all(len(r) == 12 and eos not in r for r in first if r[-1] != eos)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_samples_are_from_the_whole_distribution(checkpoints, tokenizer, prompt_ids, temperature: float) -> None:
-    model = models.load(checkpoints["llama", "policy"], "policy").eval()
-    # What a published checkpoint brings along must not bend the distribution that the log-probabilities are of.
-    model.generation_config.update(repetition_penalty=3.0, top_k=5, top_p=0.5, temperature=0.1, min_new_tokens=1)
-    engine = TransformersEngine(model, tokenizer, 1, temperature)
-    n = 6000
-    drawn = torch.tensor(engine.generate([prompt_ids[0]] * n, seed=0))[:, 0]
-    with torch.no_grad():
-        expected = (model(torch.tensor([prompt_ids[0]])).logits[0, -1] / temperature).softmax(-1)
-    found = torch.bincount(drawn, minlength=len(expected)) / n
-    # The spread of n draws: the sum of |found - p| is about sqrt(2 / pi) * sum sqrt(p (1 - p) / n).
-    noise = float((expected * (1 - expected) / n).sqrt().sum()) * (2 / math.pi) ** 0.5
-    assert float((found - expected).abs().sum()) < 1.3 * noise

@@ -161,9 +161,10 @@ def cut_graph(name: str, folder: Path, judge: str, processes: int) -> Graph:
     whole = recipe.load(name)
     assert isinstance(whole, DataRecipe)
     assert whole.hub is not None
-    questions = [{"question_id": i, "category": "math", "turns": ["What is 1+1?", "And 2+2?"]} for i in range(2)]
+    questions = [{"question_id": i, "category": "math", "turns": [f"What is 1+{i}?", "And 2+2?"]} for i in range(2)]
     short = {"max_prompt_tokens": 128, "max_response_tokens": 24}
-    step = {"batch_size": 4, "micro_batch_size": 2, "epochs": 1, "max_steps": 2, "save_steps": 1, "log_steps": 1}
+    half = {"bf16": processes == 1}  # the Trainer refuses bfloat16 under DeepSpeed where there is no GPU
+    step = half | {"batch_size": 4, "micro_batch_size": 2, "epochs": 1, "max_steps": 2, "save_steps": 1, "log_steps": 1}
     changes: dict[str, Any] = {
         "model": str(checkpoint(folder / "model", whole.hub)),
         "data": str(ultrafeedback(folder / "train.jsonl", 40)),
@@ -173,7 +174,8 @@ def cut_graph(name: str, folder: Path, judge: str, processes: int) -> Graph:
         "rm": short | step,
         "gvm": short | step,
         "dpo": short | step,
-        "policy": {
+        "policy": half
+        | {
             "updates": 1, "prompts_per_update": 4, "minibatch_size": 4, "max_prompt_tokens": 128, "max_new_tokens": 8,
             "epochs": 2,
         },
