@@ -30,8 +30,8 @@ a reply with values says how long it waited and ran (`x-queue-seconds`, `x-infer
     curl -H 'content-type: application/json' localhost:8000/score_tokens \\
       -d '{"items": [{"messages": [{"role": "user", "content": "What is 2 + 2?"}], "response": "It is 4."}]}'
 
-A refusal is `{"error": {"message", "type", "param"}}`. 503 means that nothing was taken: come again after
-`Retry-After`.
+A refusal is `{"error": {"message", "type", "param"}}`. 503 means that nothing was scored and the request is not at
+fault: come again after `Retry-After`.
 """
 
 

@@ -1,12 +1,14 @@
 """Batches the texts of all clients and runs them on one worker thread.
 
 All state but the backend lives on the event loop, so there are no locks. The worker thread takes one batch at a time.
+A batch that takes too long means that the backend hangs: a thread cannot be ended, so the engine gives up for good.
 
 Which texts make the next batch: the one that has waited longest is always in it, so nobody starves; beside it come the
 texts with its prompt, then those nearest to it in length, up to the token budget.
 """
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -17,6 +19,10 @@ from dataclasses import dataclass, field
 from dvpo.data.templates import Encoded
 from dvpo.errors import InputError, StageError
 from server.backends import Backend, ModelInfo, Scored
+from server.logs import frames_of, logger
+
+_DOUBT_SECONDS = 10.0
+"""For how long the engine counts as failing after the model failed on a text, unless it scores another before."""
 
 
 class Overloaded(RuntimeError):
@@ -28,7 +34,7 @@ class Overloaded(RuntimeError):
 
 
 class Unavailable(RuntimeError):
-    """The engine scores nothing any more: it is stopping, or its worker died. The message says which."""
+    """No fault of the text: the engine stops, its worker died or hangs, or the model failed. The message says which."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,17 @@ class BatchReport:
 
 @dataclass(frozen=True)
 class Stats:
-    """The engine at this moment. `tokens_per_second` is a running mean over recent batches, 0 before the first."""
+    """The engine at this moment. `tokens_per_second` is a running mean over recent batches, 0 before the first.
+
+    `accepting` false is for good. `failing` passes: work is taken, but the model failed on the last text moments ago.
+    """
 
     waiting_items: int
     waiting_tokens: int
     running_items: int
     tokens_per_second: float
     accepting: bool
+    failing: bool
 
 
 @dataclass(eq=False)
@@ -104,6 +114,7 @@ class Engine:
         *,
         batch_tokens: int = 4096,
         queue_tokens: int = 262_144,
+        batch_seconds: float = 300.0,
         on_batch: Callable[[BatchReport], None] | None = None,
     ) -> None:
         """Prepares the engine; nothing runs before `start`.
@@ -112,11 +123,13 @@ class Engine:
             batch_tokens: tokens computed in one batch, a prompt shared by several texts counted once. A longer text
                 is run by itself.
             queue_tokens: tokens that may wait; bounds memory and waiting time.
+            batch_seconds: a batch that takes longer means that the backend hangs. Far above what the slowest takes.
             on_batch: called on the event loop after every batch.
         """
         self._backend = backend
         self._batch_tokens = batch_tokens
         self._queue_tokens = queue_tokens
+        self._batch_seconds = batch_seconds
         self._on_batch = on_batch
         self._waiting: dict[_Waiting, None] = {}  # in the order of arrival
         self._waiting_tokens = 0
@@ -124,6 +137,9 @@ class Engine:
         self._rate = 0.0
         self._stopping = False
         self._death: str | None = None
+        self._hangs = False
+        self._failed_at = -math.inf
+        self._watchdog: asyncio.TimerHandle | None = None
         self._inbox: queue.SimpleQueue[list[Encoded] | None] = queue.SimpleQueue()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -143,6 +159,7 @@ class Engine:
             len(self._running),
             self._rate,
             not self._stopping and self._death is None and self._thread is not None,
+            time.monotonic() - self._failed_at < _DOUBT_SECONDS,
         )
 
     def start(self) -> None:
@@ -157,7 +174,7 @@ class Engine:
         Raises:
             InputError: a text is empty or longer than the model reads, or all are more than the queue ever takes.
             Overloaded: the queue has no room now; nothing was taken.
-            Unavailable: the engine is stopping or its worker died.
+            Unavailable: the engine is stopping, its worker died or hangs, or the model failed on a text.
             StageError: a text could not be scored; the message names its place among `items`.
         """
         self._check(items)
@@ -180,10 +197,13 @@ class Engine:
         return Reply(scored, max(0.0, total - request.inference_seconds), request.inference_seconds)
 
     async def stop(self) -> None:
-        """Refuses new work, finishes what was taken, ends the worker thread and closes the backend."""
+        """Refuses new work, finishes what was taken, ends the worker thread and closes the backend.
+
+        A backend that hangs is left as it is: it would answer to neither.
+        """
         self._stopping = True
         await self._idle.wait()
-        if self._thread is not None:
+        if self._thread is not None and not self._hangs:
             self._inbox.put(None)
             await asyncio.to_thread(self._thread.join)
             self._thread = None
@@ -235,10 +255,14 @@ class Engine:
             for entry in self._running:
                 self._remove(entry)
             self._inbox.put([entry.item for entry in self._running])
+            self._watchdog = asyncio.get_running_loop().call_later(self._batch_seconds, self._hung)
         self._note_idle()
 
     def _finish(self, outcome: list[Scored] | Exception, seconds: float) -> None:
         """Takes the outcome of the running batch, on the event loop."""
+        if self._hangs:  # it came after all, and those who waited for it have been told
+            return
+        self._stop_watching()
         batch, self._running = self._running, []
         for request in {entry.request for entry in batch}:
             request.inference_seconds += seconds
@@ -248,6 +272,7 @@ class Engine:
         else:
             rate = tokens / max(seconds, 1e-6)
             self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+            self._failed_at = -math.inf
             for entry, scored in zip(batch, outcome, strict=True):
                 entry.request.results[entry.position] = scored
                 entry.request.missing -= 1
@@ -262,11 +287,8 @@ class Engine:
     def _fail(self, batch: list[_Waiting], error: Exception) -> None:
         """A text that failed alone fails its request; of several, nobody knows which, so each is tried alone."""
         if len(batch) == 1:
-            entry = batch[0]
-            self._drop(entry.request)
-            kind = InputError if isinstance(error, InputError) else StageError
-            reason = str(error) if isinstance(error, InputError | StageError) else f"{type(error).__name__}: {error}"
-            _settle(entry.request, kind(f"item {entry.position}: {reason}"))
+            self._drop(batch[0].request)
+            _settle(batch[0].request, self._blame(batch[0], error))
             return
         again: dict[_Waiting, None] = {}
         for entry in batch:
@@ -276,11 +298,41 @@ class Engine:
                 self._waiting_tokens += entry.tokens
         self._waiting = again | self._waiting
 
+    def _blame(self, entry: _Waiting, error: Exception) -> Exception:
+        """What a request is told whose text failed alone: the text is at fault only where the backend says so."""
+        if isinstance(error, InputError | StageError):
+            kind = InputError if isinstance(error, InputError) else StageError
+            return kind(f"item {entry.position}: {error}")
+        self._failed_at = time.monotonic()
+        # The error's own message may quote what was sent.
+        logger().error("backend_failed", error=type(error).__name__, frames=frames_of(error))
+        return Unavailable(
+            f"item {entry.position}: the model failed ({type(error).__name__}), which need not be the text's fault; "
+            "try again, and tell the server's operator if it stays so"
+        )
+
     def _died(self, reason: str) -> None:
-        """The worker thread is gone: everybody who waits is told."""
-        if self._stopping and not self._running and not self._waiting:
+        """The worker thread is gone."""
+        if self._hangs or (self._stopping and not self._running and not self._waiting):
             return
-        self._death = f"the scoring worker died ({reason}); restart the server"
+        self._give_up(f"the scoring worker died ({reason}); restart the server")
+
+    def _hung(self) -> None:
+        """The running batch takes too long."""
+        self._hangs = True
+        self._give_up(
+            f"the scoring worker hangs (a batch took more than {self._batch_seconds:g} s); restart the server"
+        )
+
+    def _stop_watching(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+
+    def _give_up(self, reason: str) -> None:
+        """Nothing will be scored any more: everybody who waits is told."""
+        self._stop_watching()
+        self._death = reason
+        logger().error("gave_up", reason=reason)
         for request in {entry.request for entry in [*self._running, *self._waiting]}:
             _settle(request, Unavailable(self._death))
         self._running, self._waiting, self._waiting_tokens = [], {}, 0
@@ -296,7 +348,7 @@ class Engine:
                 try:
                     outcome = self._backend.score(batch)
                     if len(outcome) != len(batch):
-                        outcome = StageError(f"the backend gave {len(outcome)} results for {len(batch)} texts")
+                        outcome = RuntimeError(f"the backend gave {len(outcome)} results for {len(batch)} texts")
                 except Exception as error:
                     outcome = error
                 self._tell(self._finish, outcome, time.monotonic() - began)

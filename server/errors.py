@@ -126,14 +126,15 @@ def install(app: FastAPI) -> None:
 
 
 def responses(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """The refusals of a route, for OpenAPI. 503 is the one declared overload."""
+    """The refusals of a route, for OpenAPI. 503 is the one declared 5xx."""
     said = {
         400: "The request is wrong: the message says what and where. Nothing is truncated.",
         401: "No API key, or a wrong one.",
         413: "The body is larger than the server takes.",
         415: "The body is not declared as application/json.",
-        422: "A text that cannot be scored: its values are not finite, or the model fails on it alone.",
-        503: "The queue is full or the server is stopping: nothing was taken. `Retry-After` says when to come again.",
+        422: "A text that cannot be scored: its values are not finite.",
+        503: "Nothing was scored and the request is not at fault: the queue is full, the server is stopping, or its model "
+        "failed or hangs. `Retry-After` says when to come again.",
     }
     found: dict[int | str, dict[str, Any]] = {code: {"model": ErrorReply, "description": said[code]} for code in codes}
     if 503 in found:

@@ -5,7 +5,6 @@ Pure ASGI, outside everything else, so that a refused request costs next to noth
 
 import re
 import time
-import traceback
 import uuid
 from contextlib import suppress
 from typing import Any
@@ -14,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import STOPPING, ApiError
-from server.logs import logger
+from server.logs import frames_of, logger
 from server.metrics import Metrics
 from server.security import allows
 from server.settings import Settings
@@ -64,9 +63,7 @@ class Gate:
             await reply(scope, receive, exchange)
         except Exception as error:
             scope["dvpo.refused"] = "internal_error"
-            # The frames without the error's own message, which may quote what was sent.
-            frames = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
-            logger().error("bug", request_id=request_id, error=type(error).__name__, frames=frames)
+            logger().error("bug", request_id=request_id, error=type(error).__name__, frames=frames_of(error))
             if exchange.status is None:
                 failure = ApiError(500, f"the server failed; tell its operator the id {request_id}", "internal_error")
                 await failure.response()(scope, receive, exchange)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 from typing import Any
 
 import structlog
@@ -29,6 +30,11 @@ def configure() -> None:
     )
     logging.getLogger("uvicorn").handlers = [handler]
     logging.getLogger("uvicorn").propagate = False
+
+
+def frames_of(error: BaseException) -> list[str]:
+    """Where an error was raised, without its own message, which may quote what was sent."""
+    return [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
 
 
 def logger() -> Any:

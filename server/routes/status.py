@@ -60,10 +60,14 @@ async def health() -> Response:
     "/ready", summary="Are the weights loaded and is work taken", response_model=Ready, responses=responses(503)
 )
 async def ready(request: Request) -> Response:
-    """503 while the server stops, and after its worker died."""
-    service = service_of(request)
-    if request.app.state.gate.draining or not service.engine.stats().accepting:
-        raise ApiError(503, "the server takes no work; it is stopping or its worker died", "unavailable")
+    """503 while the server stops, after its worker died or hung, and for 10 s after its model failed on a text."""
+    stats = service_of(request).engine.stats()
+    retry = {"retry-after": "5"}
+    if request.app.state.gate.draining or not stats.accepting:
+        message = "the server takes no work; it is stopping, or its worker died or hangs"
+        raise ApiError(503, message, "unavailable", headers=retry)
+    if stats.failing:
+        raise ApiError(503, "the model failed on the last text that it was given", "unavailable", headers=retry)
     return Json(Ready().model_dump())
 
 

