@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-WINDOW = 16
-"""Batches among which the texts of a training change places."""
 
 
 def buckets(lengths: Sequence[int], rows: int) -> list[list[int]]:
@@ -32,19 +30,19 @@ def places(batches: Sequence[Sequence[int]]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def of_like_length(texts: Sequence[T], length: Callable[[T], int], batch_size: int, seed: int) -> list[T]:
+def of_like_length(texts: Sequence[T], length: Callable[[T], int], batch_size: int, window: int, seed: int) -> list[T]:
     """The texts of a training in another order: a batch holds texts of like length, so that little padding is computed.
 
-    Texts move within a window of `WINDOW` batches only, whose full batches stand in a seeded order.
+    Texts move within a window of so many batches only, whose full batches stand in a seeded order.
     """
     rng = random.Random(seed)
     ordered: list[T] = []
-    for start in range(0, len(texts), WINDOW * batch_size):
-        window = sorted(texts[start : start + WINDOW * batch_size], key=length)
-        short = len(window) % batch_size
-        batches = [window[i : i + batch_size] for i in range(short, len(window), batch_size)]
+    for start in range(0, len(texts), window * batch_size):
+        texts_of_window = sorted(texts[start : start + window * batch_size], key=length)
+        short = len(texts_of_window) % batch_size
+        batches = [texts_of_window[i : i + batch_size] for i in range(short, len(texts_of_window), batch_size)]
         rng.shuffle(batches)
-        ordered += [text for batch in batches for text in batch] + window[:short]
+        ordered += [text for batch in batches for text in batch] + texts_of_window[:short]
     return ordered
 
 

@@ -14,6 +14,9 @@ from dvpo.config import PretrainSettings
 from dvpo.training.common import ListDataset, argument_values, train
 from dvpo.training.muon import MuonWithAdamW
 
+WINDOW = 16
+"""Batches among which texts change places, for batches of like length."""
+
 
 def pretrain(
     start: str | Path, texts: Sequence[list[int]], settings: PretrainSettings, out: Path, state: Path, seed: int
@@ -44,7 +47,7 @@ def pretrain(
             train_sampling_strategy="sequential",
             lr_scheduler_kwargs={"num_decay_steps": round(settings.decay * steps), "decay_type": "linear"},
         ),
-        train_dataset=ListDataset(of_like_length(texts, len, settings.batch_size, seed)),
+        train_dataset=ListDataset(of_like_length(texts, len, settings.batch_size, WINDOW, seed)),
         data_collator=batch_of,
         optimizers=(optimizer, None),  # the Trainer makes the schedule
     )

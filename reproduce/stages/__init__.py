@@ -34,7 +34,7 @@ KINDS = {
     "reward_scale": Kind(1, "training:reward_scale"),
     "dpo": Kind(1, "training:dpo"),
     "policy": Kind(2, "training:policy"),
-    "gvm": Kind(2, "training:gvm"),
+    "gvm": Kind(3, "training:gvm"),
     "credit": Kind(1, "credit:credit"),
     "cost": Kind(1, "cost:cost"),
     "token_values": Kind(1, "pictures:token_values"),
