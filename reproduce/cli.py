@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -113,6 +113,8 @@ def reproduce(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's folder; a second run goes on in it.")
     ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every table and figure, also the optional ones.")] = False,
+    study: Annotated[bool, typer.Option("--study", help="With the estimator study (built-in world).")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and why; run nothing.")] = False,
     mix_commits: Annotated[
         bool, typer.Option("--mix-commits", help="In a container: go on with results of another commit's code.")
@@ -125,19 +127,18 @@ def reproduce(
     from its checkpoints.
     """
     from reproduce import app as work
-    from reproduce.commands.common import Progress, print_json, table_text
+    from reproduce.commands.common import Progress, print_json
 
+    overrides = (*(override or ()), *(("study=true",) if study else ()))
     request = work.Request(
-        recipe, tuple(table or ()), tuple(figure or ()), seeds, data, tuple(override or ()), out, mix_commits
+        recipe, tuple(table or ()), tuple(figure or ()), seeds, data, overrides, out, mix_commits, everything
     )
-    planned = work.plan_run(request)
     if dry_run:
-        rows = [(line.id, line.state, line.why) for line in planned]
-        if as_json:
-            print_json([dict(zip(("id", "state", "why"), row, strict=True)) for row in rows])
-        else:
-            print(table_text(("stage", "state", "why"), rows, left=(0, 1, 2)))
+        from reproduce.commands import dry_run as outline
+
+        outline.run(request, as_json)
         return
+    planned = work.plan_run(request)
     with contextlib.closing(Progress(len(planned))) as progress:
         document = work.reproduce(request, progress)
     if as_json:
@@ -152,6 +153,14 @@ def train(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, rm, gvm, dpo or policy.")],
     config: Annotated[Path, typer.Option(metavar="FILE.yaml", help="What to train on and how; see above.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the checkpoint.")],
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Start so many processes of this machine.")
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="ddp (default), zero1, zero2, zero3 or fsdp2."),
+    ] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="ZeRO: the optimizer's state in main memory.")] = False,
 ) -> None:
     """Train one model by hand: sft, rm, gvm, dpo or policy.
 
@@ -164,7 +173,7 @@ def train(
     """
     from reproduce.commands import train
 
-    train.run(kind, config, out, debug=context.find_root().params["debug"])
+    train.run(kind, config, out, context.find_root().params["debug"], processes, strategy, offload)
 
 
 @app.command()

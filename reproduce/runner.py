@@ -36,6 +36,7 @@ def run(stages: Sequence[Stage], root: Path, workers: int, threads: int, report:
     root.mkdir(parents=True, exist_ok=True)
     waiting = list(stages)
     running: dict[Future[Path], Stage] = {}
+    folders: dict[Future[Path], str] = {}
     pool: ProcessPoolExecutor | None = None
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -51,16 +52,19 @@ def run(stages: Sequence[Stage], root: Path, workers: int, threads: int, report:
                     report(stage, "reused", 0.0)
                     break  # its children may be ready now: look again from the start, in the graph's order
                 alone = stage.exclusive or any(s.exclusive for s in running.values())
-                if len(running) >= workers or (alone and running):
+                same = job.folder in folders.values()  # two names for one result: the second is reused
+                if len(running) >= workers or (alone and running) or same:
                     continue
                 pool = pool or _pool(workers, threads)
-                running[pool.submit(_work, job, root)] = stage
+                future = pool.submit(_work, job, root)
+                running[future], folders[future] = stage, job.folder
                 waiting.remove(stage)
                 report(stage, "started", 0.0)
             else:
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     stage = running.pop(future)
+                    del folders[future]
                     done[stage.id] = _take(stage, future, root)
                     report(stage, "done", done[stage.id].manifest["seconds"])
         return done

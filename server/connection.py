@@ -16,7 +16,7 @@ class Connection(H11Protocol):
     receive_seconds = 60.0
     """For a whole request, from the opening of the connection or its first byte."""
     read_seconds = 60.0
-    """For the next part of a reply (48 KiB at asyncio's default limits), and for the rest before the connection ends."""
+    """For the next part of a reply (48 KiB at asyncio's default limits), and for the rest before the end."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -133,8 +133,8 @@ def responses(*codes: int) -> dict[int | str, dict[str, Any]]:
         413: "The body is larger than the server takes.",
         415: "The body is not declared as application/json.",
         422: "A text that cannot be scored: its values are not finite.",
-        503: "Nothing was scored and the request is not at fault: the queue is full, the server is stopping, or its model "
-        "failed or hangs. `Retry-After` says when to come again.",
+        503: "Not the request's fault: the queue is full, the server is stopping, or its model failed or hangs. "
+        "Nothing was scored. `Retry-After` says when to come again.",
     }
     found: dict[int | str, dict[str, Any]] = {code: {"model": ErrorReply, "description": said[code]} for code in codes}
     if 503 in found:

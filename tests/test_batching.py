@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvpo.batching import WINDOW, buckets, epochs_of, of_like_length, places
+from dvpo.batching import buckets, epochs_of, of_like_length, places
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
@@ -42,8 +42,8 @@ def test_never_more_padding_than_in_the_given_order(lengths: list[int], rows: in
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 5))
 def test_texts_of_like_length_share_a_batch_and_none_is_lost_or_moved_far(lengths, batch_size) -> None:
     texts = [[i] * n for i, n in enumerate(lengths)]
-    ordered = of_like_length(texts, len, batch_size, 0)
-    window = WINDOW * batch_size
+    ordered = of_like_length(texts, len, batch_size, 3, 0)
+    window = 3 * batch_size
     for start in range(0, len(texts), window):
         assert sorted(ordered[start : start + window]) == texts[start : start + window]
 

@@ -51,6 +51,7 @@ def evaluate_credit(
     max_prompt_tokens: int,
     max_response_tokens: int,
     seed: int,
+    trajectory_k: int = 0,
 ) -> dict[str, Any]:
     """Where a model puts the blame, against the judge's wrong words.
 
@@ -59,6 +60,7 @@ def evaluate_credit(
             word's index is its token's.
         world: what `Atlas.to_json` gives.
         per_prompt: responses of each example, a seeded choice.
+        trajectory_k: question-answer pairs of the same policy that are put before each prompt (tau).
 
     Returns:
         What `credit_table` gives, with "reading" and "left_out", the responses over a length limit.
@@ -71,7 +73,7 @@ def evaluate_credit(
     if torch.cuda.is_available():
         model.to("cuda")
     tokenizer: Any = models.load_tokenizer(folder)
-    encoder = Encoder(tokenizer, examples, max_prompt_tokens, max_response_tokens)
+    encoder = Encoder(tokenizer, examples, max_prompt_tokens, max_response_tokens, trajectory_k, seed)
     judge, rng = Judge(world), random.Random(seed)
     texts, truths, left_out = [], [], 0
     for i, example in enumerate(examples):

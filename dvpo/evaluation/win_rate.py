@@ -154,7 +154,7 @@ def table(found: Sequence[Comparison]) -> dict[str, Any]:
 
     Returns:
         {"win_rate", "ci95", "wins", "ties", "losses", "points": {"policy", "baseline"}, "bounds", "questions",
-        "failed", "failures": {reason: count}}. The win rate is in percent of the questions that have both scores, a
+        "failed", "failures": {reason: judgments}}. The win rate is in percent of the questions that have both scores, a
         tie counting half; None where none has. bounds: the rate had every failed question been lost, and won.
     """
     scored = [(c.policy, c.baseline) for c in found if c.policy is not None and c.baseline is not None]

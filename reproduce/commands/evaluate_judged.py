@@ -174,7 +174,8 @@ def _run(r: Request, work: "Judged", text: Callable[[dict[str, Any]], str]) -> N
             print(f"{side['cut']} answers of the {name} met the length limit")
     if document["failed"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in document["failures"].items())
-        print(f"no verdict: {document['failed']} of {document.get('judgments', document.get('questions'))} ({reasons})")
+        what = "judgments" if "judgments" in document else "questions"
+        print(f"no verdict: {document['failed']} of {document[what]} {what} ({reasons})")
     for line in document["endpoint_said"]:
         print(f"the judge's endpoint said: {line}")
     if document.get("without_reference"):

@@ -12,7 +12,7 @@ from reproduce.pipeline import Context
 def credit(ctx: Context) -> dict[str, Any]:
     """Where a model puts the blame, against the judge's wrong words. Inputs: model, data, atlas.
 
-    Settings: split, per_prompt, max_prompt_tokens, max_response_tokens, subfolder ("critic" for the critic that a PPO
+    Settings: split, per_prompt, max_prompt_tokens, max_response_tokens, trajectory_k, subfolder ("critic" for the critic that a PPO
     stage keeps below its policy, else "").
     """
     s = ctx.settings
@@ -24,6 +24,7 @@ def credit(ctx: Context) -> dict[str, Any]:
         max_prompt_tokens=s["max_prompt_tokens"],
         max_response_tokens=s["max_response_tokens"],
         seed=ctx.seed,
+        trajectory_k=s["trajectory_k"],
     )
     write_json(ctx.out / "credit.json", table)
     return table

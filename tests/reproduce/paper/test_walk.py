@@ -50,7 +50,8 @@ def check(done: dict[str, Result], base: bool) -> None:
         assert done["sft"].manifest["metrics"]["texts"] == done["data"].manifest["metrics"]["examples"]["sft"]
 
 
-@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_every_stage_runs_on_a_cut_of_the_model(name: str, cut: Cut, tmp_path: Path) -> None:
     check(walk(cut(name, 1), tmp_path / "stages"), base=name.endswith("base"))
 
