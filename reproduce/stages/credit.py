@@ -12,8 +12,8 @@ from reproduce.pipeline import Context
 def credit(ctx: Context) -> dict[str, Any]:
     """Where a model puts the blame, against the judge's wrong words. Inputs: model, data, atlas.
 
-    Settings: split, per_prompt, max_prompt_tokens, max_response_tokens, trajectory_k, subfolder ("critic" for the critic that a PPO
-    stage keeps below its policy, else "").
+    Settings: split, per_prompt, max_prompt_tokens, max_response_tokens, trajectory_k, subfolder ("critic" for the
+    critic that a PPO stage keeps below its policy, else "").
     """
     s = ctx.settings
     table = evaluate_credit(

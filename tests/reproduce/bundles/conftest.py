@@ -114,7 +114,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, checkpoints: Any, atlas: Any, 
     value = publish(folder, "seed0/gvm", "gvm", checkpoints["llama", "value"], start=sft, data=covered)
     pairwise = {**MEASURE, "per_prompt": 3, "most": None, "bf16": False}
     measure(folder, "seed0/accuracy/gvm", "pairwise", pairwise, model=value, data=covered)
-    credit = {"split": "test", "per_prompt": 2, "subfolder": "", **LIMITS}
+    credit = {"split": "test", "per_prompt": 2, "subfolder": "", "trajectory_k": 0, **LIMITS}
     measure(folder, "seed0/credit/gvm", "credit", credit, model=value, data=covered, atlas=at)
     gold = {"split": "test", "max_new_tokens": 4, "temperature": 1.0}
     measure(folder, "seed0/gold/sft", "gold", gold, policy=sft, atlas=at)
