@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
@@ -42,6 +43,16 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if self._answering() and self.cycle.more_body:
             self._receiving.start(self.receive_seconds, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is not HTTP. It may come after the headers of a request, whose answer must not follow this one."""
+        if self._answering():
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than the reply comes."""

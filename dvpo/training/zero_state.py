@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Groups = Sequence[Sequence[torch.nn.Parameter]]
@@ -54,14 +55,13 @@ def load_zero_state(
     weights: by parameter; None where the model held them before DeepSpeed wrapped it.
     """
     import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     ordered = [p for group in groups for p in group]
     for p, saved in (weights or {}).items():
         value = saved.to(p.device)
         with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
             p.data.copy_(value)
-        safe_set_full_fp32_param(p, value.float())
+        _set(p, value.float())
     for own, described in zip(zero.optimizer.param_groups, optimizer["param_groups"], strict=True):
         own.update({key: value for key, value in described.items() if key != "params"})
     state = optimizer["state"]
@@ -73,7 +73,27 @@ def load_zero_state(
     _link(zero)
     for i, p in enumerate(ordered):
         for key in MOMENTS:
-            safe_set_full_optimizer_state(p, state[i][key].to(p.device).float(), key)
+            _set(p, state[i][key].to(p.device).float(), key)
+
+
+def _set(p: Any, value: Tensor, moment: str | None = None) -> None:
+    """Puts this process's part of a whole float32 weight, or of one of its moments, in its place."""
+    from deepspeed import utils
+
+    if not hasattr(p, "ds_id"):
+        if moment:
+            utils.safe_set_full_optimizer_state(p, value, moment)
+        else:
+            utils.safe_set_full_fp32_param(p, value)
+        return
+    # DeepSpeed's own function fails where the numbers are not a multiple of the processes.
+    size = p.ds_tensor.numel()
+    whole = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    part = whole.narrow(0, size * dist.get_rank(), size)
+    if moment:
+        utils.safe_set_local_optimizer_state(p, part, moment)
+    else:
+        utils.safe_set_local_fp32_param(p, part)
 
 
 def _flat_parts(zero: Any) -> list[Tensor]:

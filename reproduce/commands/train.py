@@ -144,6 +144,7 @@ def run(
     trainer = TRAINERS[kind]
     file = read_config(config, trainer.file)
     out = out.absolute()
+    require_new(out)
     require_checkpoint(file.start)
     remote = {"value_url": file.value_model} if (file.value_model or "").startswith(("http://", "https://")) else {}
     frozen = {"rm" if kind == "gvm" else "reward": file.reward_model, "value": None if remote else file.value_model}

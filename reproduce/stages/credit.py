@@ -24,7 +24,7 @@ def credit(ctx: Context) -> dict[str, Any]:
         max_prompt_tokens=s["max_prompt_tokens"],
         max_response_tokens=s["max_response_tokens"],
         seed=ctx.seed,
-        trajectory_k=s["trajectory_k"],
+        trajectory_k=s.get("trajectory_k", 0),
     )
     write_json(ctx.out / "credit.json", table)
     return table

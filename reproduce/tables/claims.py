@@ -21,7 +21,7 @@ CLAIMS = {
     "matches dvpo-gae": ("DVPO with GAE matches or surpasses PPO, ReMax and GRPO", "Table 1"),
     "dpo dvpo-q": ("DVPO with A = Q surpasses DPO", "Section 5.2"),
     "dpo dvpo-gae": ("DVPO with GAE surpasses DPO", "Section 5.2"),
-    "kl": ("DVPO is above its start under every strength of the KL term", "Appendix H"),
+    "kl": ("DVPO is above its start under each measured strength of the KL term", "Appendix H"),
     "scalar": ("as a judge of whole answers the GVM is comparable to a ScalarRM of the same data", "Section 6.1"),
     "critic": ("the GVM judges answers better than PPO's critic does", "Section 6.2"),
     "size": ("larger GVMs are more accurate", "Appendix E"),

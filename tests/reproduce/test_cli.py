@@ -254,6 +254,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Any:
         overrides: tuple[str, ...]
         out: Path | None
         mix_commits: bool = False
+        everything: bool = False
 
     module: Any = types.ModuleType("reproduce.app")
     module.Request, module.requests = Request, []
@@ -292,11 +293,17 @@ class TestReproduce:
         done = command("reproduce", "--recipe", "tiny", "--json")
         assert json.loads(done.out) == {"tables": [{"table": 4}], "figures": [], "report": "runs/report.html"}
 
-    def test_dry_run(self, command: Any, work: Any) -> None:
-        assert "seed0/gvm" in command("reproduce", "--dry-run").out
-        rows = json.loads(command("reproduce", "--dry-run", "--json").out)
-        assert rows[1] == {"id": "seed0/rm", "state": "to run", "why": "new"}
-        assert work.requests == []
+    def test_all_and_the_study(self, command: Any, work: Any) -> None:
+        command("reproduce", "--all", "--study")
+        assert work.requests == [work.Request(None, (), (), None, None, ("study=true",), None, False, True)]
+
+    def test_dry_run(self, command: Any, tmp_path: Path) -> None:
+        arguments = ("reproduce", "--recipe", "tiny", "--dry-run", "--out", tmp_path / "run")
+        assert "seed0/gvm" in command(*arguments).out
+        rows = {row["id"]: row for row in json.loads(command(*arguments, "--json").out)}
+        assert rows["seed0/atlas"]["state"] == "to run"
+        assert rows["seed0/gvm"]["settings"]["train"]["td_lambda"] == 0.95
+        assert not (tmp_path / "run").exists()
 
 
 class TestTrainConfig:

@@ -1,6 +1,7 @@
 """Requests that are nearly right: valid bodies with parts replaced, bytes damaged, wrong types, methods and paths."""
 
 import asyncio
+import copy
 import json
 import random
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def mutated(rng: random.Random, body: Any) -> Any:
         container, key = rng.choice(found)
         how = rng.randrange(6)
         if how < 2:
-            container[key] = rng.choice(JUNK)
+            container[key] = copy.deepcopy(rng.choice(JUNK))
         elif how == 2:
             del container[key]
         elif how == 3:
@@ -79,7 +80,7 @@ def mutated(rng: random.Random, body: Any) -> Any:
             for _ in range(rng.choice([1, 30, 150])):
                 container[key] = [container[key]]
         elif isinstance(container, dict):
-            container[rng.choice(["colour", "", "\u0000", "__class__", "x" * 1000])] = rng.choice(JUNK)
+            container[rng.choice(["colour", "", "\u0000", "__class__", "x" * 1000])] = copy.deepcopy(rng.choice(JUNK))
     return body
 
 

@@ -124,3 +124,15 @@ def test_who_reads_nothing_is_cut_off(running: uvicorn.Server, port: int) -> Non
             assert time.monotonic() < until
             assert httpx.get(f"http://127.0.0.1:{port}/health", headers={"connection": "close"}).status_code == 200
             time.sleep(0.05)
+
+
+def test_what_is_no_http_after_the_headers_is_answered_once(
+    running: uvicorn.Server, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with connect(port) as client:  # the wrong type is refused before the body, which is broken, is read
+        client.sendall(b"POST /pooling HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n")
+        said = b"".join(iter(lambda: client.recv(65536), b""))
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert said.count(b"HTTP/1.1") == 1
+    out, err = capsys.readouterr()
+    assert "bug" not in out + err and "LocalProtocolError" not in out + err

@@ -199,7 +199,7 @@ def world(checkpoints, examples, tmp_path_factory) -> Path:
 def test_two_processes_train_the_value_model_of_one(world, tmp_path) -> None:
     """torchrun beside `dvpo train` alone: the same loss at every step and the same weights, up to rounding."""
     train = ("reproduce.cli", "train", "gvm", "--config", world / "gvm.yaml", "--out")
-    two = run("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", *train, tmp_path / "two")
+    two = run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *train, tmp_path / "two")
     assert two.returncode == 0, two.stderr
     one = run(*train, tmp_path / "one")
     assert one.returncode == 0, one.stderr
