@@ -157,9 +157,6 @@ def told(reply: httpx.Response, *texts: Any) -> str:
     return f"503 {reply.json()['error']['type']}"
 
 
-# 1: fuzzed requests ---------------------------------------------------------------------------------------------------
-
-
 async def fuzz(port: int, rng: random.Random, count: int, until: float, pool: list[Any], codes: Counter[str]) -> None:
     """Sends requests over one connection after another; now and then one that is right, whose values are compared."""
     writer: asyncio.StreamWriter | None = None
@@ -221,8 +218,6 @@ def test_fuzzed_requests(start: Any, pool: list[Any], report: dict[str, Any]) ->
     assert codes.total() >= min(REQUESTS // 8 * 8, 800)
     assert running.end() == 0
 
-
-# 2: slow, silent and vanishing clients --------------------------------------------------------------------------------
 
 HEAD = b"POST /score_tokens HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n"
 
@@ -286,9 +281,6 @@ def test_slow_clients(start: Any, pool: list[Any], report: dict[str, Any]) -> No
     assert running.end() == 0
 
 
-# 3: 256 clients -------------------------------------------------------------------------------------------------------
-
-
 def test_256_clients(start: Any, pool: list[Any], report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(httpx, "AsyncClient", partial(httpx.AsyncClient, verify=False))  # 256 times no certificates
     running = serve(start, "--max-queue-tokens", "30000", "--cache-mb", "16")
@@ -319,9 +311,6 @@ def test_256_clients(start: Any, pool: list[Any], report: dict[str, Any], monkey
     assert late < early * 1.1 + 20
     assert not running.count("bug"), running.events
     assert running.end() == 0
-
-
-# 4: a backend that raises or hangs ------------------------------------------------------------------------------------
 
 
 def test_a_backend_that_raises_or_hangs(start: Any, pool: list[Any], report: dict[str, Any], tmp_path: Path) -> None:
@@ -359,9 +348,6 @@ def test_a_backend_that_raises_or_hangs(start: Any, pool: list[Any], report: dic
     running.end()
     found["end_after_hang_seconds"] = round(time.monotonic() - began, 2)
     assert not running.count("bug"), running.events
-
-
-# 5: SIGTERM under load ------------------------------------------------------------------------------------------------
 
 
 def test_stop_and_start_under_load(start: Any, pool: list[Any], report: dict[str, Any]) -> None:
