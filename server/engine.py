@@ -197,10 +197,7 @@ class Engine:
         return Reply(scored, max(0.0, total - request.inference_seconds), request.inference_seconds)
 
     async def stop(self) -> None:
-        """Refuses new work, finishes what was taken, ends the worker thread and closes the backend.
-
-        A backend that hangs is left as it is: it would answer to neither.
-        """
+        """Refuses new work, finishes what was taken, ends the worker thread and closes a backend that does not hang."""
         self._stopping = True
         await self._idle.wait()
         if self._thread is not None and not self._hangs:
@@ -320,9 +317,7 @@ class Engine:
     def _hung(self) -> None:
         """The running batch takes too long."""
         self._hangs = True
-        self._give_up(
-            f"the scoring worker hangs (a batch took more than {self._batch_seconds:g} s); restart the server"
-        )
+        self._give_up(f"the scoring worker hangs (a batch took over {self._batch_seconds:g} s); restart the server")
 
     def _stop_watching(self) -> None:
         if self._watchdog is not None:
