@@ -322,6 +322,9 @@ def serve(
     cache_mb: Annotated[int, typer.Option(metavar="MB", min=0, help="Memory for prompts that come again.")] = 1024,
     max_batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens computed in one batch.")] = 4096,
     max_queue_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that may wait.")] = 262_144,
+    max_batch_seconds: Annotated[
+        float, typer.Option(metavar="S", min=1, help="A batch that takes longer means that the backend hangs.")
+    ] = 300.0,
     max_body_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Of one request.")] = 16,
     max_items: Annotated[int, typer.Option(metavar="N", min=1, help="Texts in one request.")] = 1024,
 ) -> None:
@@ -343,6 +346,7 @@ def serve(
         cache_mb=cache_mb,
         max_batch_tokens=max_batch_tokens,
         max_queue_tokens=max_queue_tokens,
+        max_batch_seconds=max_batch_seconds,
         max_body_mb=max_body_mb,
         max_items=max_items,
     )

@@ -38,6 +38,7 @@ class Request:
     cache_mb: int
     max_batch_tokens: int
     max_queue_tokens: int
+    max_batch_seconds: float
     max_body_mb: int
     max_items: int
 
@@ -47,7 +48,7 @@ def run(request: Request) -> None:
 
     Raises:
         InputError: wrong options, no usable checkpoint, the port is taken, or the host would be open to others.
-        StageError: the scoring worker died.
+        StageError: the scoring worker died or hangs.
     """
     from dvpo.objectives.td import AGGREGATES
 
@@ -68,6 +69,7 @@ def _serve(request: Request, folder: Path, keys: tuple[str, ...], listener: sock
     from dvpo.models import load_tokenizer
     from server import logs
     from server.app import create_app
+    from server.connection import Connection
     from server.engine import Engine
     from server.metrics import Metrics
     from server.settings import Settings
@@ -80,13 +82,14 @@ def _serve(request: Request, folder: Path, keys: tuple[str, ...], listener: sock
         backend,
         batch_tokens=request.max_batch_tokens,
         queue_tokens=request.max_queue_tokens,
+        batch_seconds=request.max_batch_seconds,
         on_batch=metrics.batch,
     )
     settings = Settings(keys, request.max_body_mb << 20, request.max_items, request.reward)
     app = create_app(engine, Codec(load_tokenizer(folder)), settings, metrics)
 
     class Server(uvicorn.Server):
-        """Ends when told to and idle, at once when told again, or when the engine's worker died."""
+        """Ends when told to and idle, at once when told again, or when the engine's worker died or hangs."""
 
         died = False
         said = False
@@ -126,11 +129,13 @@ def _serve(request: Request, folder: Path, keys: tuple[str, ...], listener: sock
             return await super().on_tick(counter) or self.died or (draining and not app.state.gate.working)
 
     # Longer than the clients' pools keep an idle connection, so that they never send into one being closed.
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=75)
+    config = uvicorn.Config(
+        app, http=Connection, log_config=None, access_log=False, server_header=False, timeout_keep_alive=75
+    )
     server = Server(config)
     server.run(sockets=[listener])
     if server.died:
-        raise StageError("the scoring worker died, so the server ended; see the log above, and start it again")
+        raise StageError("the scoring worker died or hangs, so the server ended; see the log above, and start it again")
     logs.logger().info("stopped")
 
 
