@@ -46,7 +46,10 @@ def preference_picks(
 
 @dataclass
 class Encoder:
-    """Encodes picked responses under the length limits, each with its trajectory, and counts what the limits did."""
+    """Encodes picked responses under the length limits, each with its trajectory, and counts what the limits did.
+
+    A response that is picked again is encoded and counted once.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
     examples: Sequence[Example]
@@ -57,6 +60,8 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.notes = LengthNotes()
+        self._texts: dict[Pick, Encoded | None] = {}
+        self._prompts: dict[int, list[int]] = {}
         self._by_policy: dict[str, list[Pick]] = defaultdict(list)
         for i, example in enumerate(self.examples):
             for j, response in enumerate(example.responses):
@@ -65,10 +70,19 @@ class Encoder:
 
     def text(self, pick: Pick) -> Encoded | None:
         """[x, y] of one response, or None where the prompt is over its limit (counted)."""
-        example = self.examples[pick.example]
-        prompt = encode_prompt(self.tokenizer, example.prompt, self.trajectory(pick))
-        response = encode_response(self.tokenizer, example.responses[pick.response].text)
-        return limit(Encoded(prompt, response), self.max_prompt_tokens, self.max_response_tokens, self.notes)
+        if pick not in self._texts:
+            response = encode_response(self.tokenizer, self.examples[pick.example].responses[pick.response].text)
+            encoded = Encoded(self._prompt(pick), response)
+            self._texts[pick] = limit(encoded, self.max_prompt_tokens, self.max_response_tokens, self.notes)
+        return self._texts[pick]
+
+    def _prompt(self, pick: Pick) -> list[int]:
+        prompt = self.examples[pick.example].prompt
+        if self.trajectory_k:
+            return encode_prompt(self.tokenizer, prompt, self.trajectory(pick))
+        if pick.example not in self._prompts:
+            self._prompts[pick.example] = encode_prompt(self.tokenizer, prompt)
+        return self._prompts[pick.example]
 
     def trajectory(self, pick: Pick) -> list[tuple[tuple[dict[str, str], ...], str]]:
         """tau: up to k other question-answer pairs of the same policy, drawn by the pick itself.

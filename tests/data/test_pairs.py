@@ -87,7 +87,8 @@ def test_limits_are_counted_and_half_a_pair_is_left_out(tokenizer, mixed) -> Non
     encoder = Encoder(tokenizer, mixed, max_prompt_tokens=6, max_response_tokens=4)
     kept = list(encoder.pairs(preference_picks(mixed, None, 0)))
     assert [p.prompt for p in kept] == [i for i in range(3) for _ in range(3)]
-    assert (encoder.notes.texts, encoder.notes.dropped_prompts, encoder.notes.cut_responses) == (6 * N, 6 * (N - 3), 3)
+    # Four responses a prompt, of which one is in two pairs: it counts once.
+    assert (encoder.notes.texts, encoder.notes.dropped_prompts, encoder.notes.cut_responses) == (4 * N, 4 * (N - 3), 3)
     assert max(len(p.better.response_ids) for p in kept) == 4
     cut = kept[1].better.response_ids
     assert tokenizer.eos_token_id not in cut
