@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dvpo.errors import StageError
 from dvpo.objectives.policy_loss import token_logprobs
-from dvpo.values import ValueBatch, position_ids, unwrapped
+from dvpo.values import ValueBatch, model_inputs, unwrapped
 
 MOST_LOGITS = 2**24
 """Logits held at once (64 MiB in float32). A batch below it is computed in one piece."""
@@ -76,13 +76,7 @@ def _in_chunks(model: Any, batch: ValueBatch, temperature: float, size: int) -> 
 
 
 def _forward(model: Any, batch: ValueBatch, **options: Any) -> Tensor:
-    return model(
-        input_ids=batch.input_ids_B_L,
-        attention_mask=batch.attention_mask_B_L,
-        position_ids=position_ids(batch.attention_mask_B_L),
-        use_cache=False,
-        **options,
-    ).logits
+    return model(**model_inputs(model, batch), **options).logits
 
 
 @contextmanager

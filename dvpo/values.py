@@ -59,17 +59,38 @@ def position_ids(attention_mask_B_L: Tensor) -> Tensor:
     return (attention_mask_B_L.cumsum(1) - 1).clamp(min=0)
 
 
+def model_inputs(model: Any, batch: ValueBatch) -> dict[str, Any]:
+    """What the forward pass of a batch is given.
+
+    The tokens of a causal model never see what stands to their right, so right padding needs no mask; without one,
+    attention takes its causal form, which computes half as much.
+    """
+    mask_B_L: Tensor | None = batch.attention_mask_B_L
+    positions_B_L = position_ids(batch.attention_mask_B_L)
+    if _is_causal(model) and bool(batch.attention_mask_B_L[:, 0].all()):
+        # Positions go on over the padding: where they stand still, transformers sees texts packed in one row.
+        positions_B_L = torch.arange(positions_B_L.shape[1], device=positions_B_L.device).expand_as(positions_B_L)
+        mask_B_L = None
+    return {
+        "input_ids": batch.input_ids_B_L,
+        "attention_mask": mask_B_L,
+        "position_ids": positions_B_L,
+        "use_cache": False,
+    }
+
+
+def _is_causal(model: Any) -> bool:
+    """Whether every attention layer says that it looks to the left only."""
+    said = [module.is_causal for module in unwrapped(model).modules() if hasattr(module, "is_causal")]
+    return bool(said) and all(said)
+
+
 def token_values(model: Any, batch: ValueBatch) -> Tensor:
     """h_0..h_T of every text, float32, 0 at padding. [B, S].
 
     `model` is a token classifier (GVM, critic) or a sequence classifier (ScalarRM), of one label.
     """
-    inputs = {
-        "input_ids": batch.input_ids_B_L,
-        "attention_mask": batch.attention_mask_B_L,
-        "position_ids": position_ids(batch.attention_mask_B_L),
-        "use_cache": False,
-    }
+    inputs = model_inputs(model, batch)
     plain = unwrapped(model)
     if type(plain).__name__.endswith("ForTokenClassification"):
         # Through the wrapper's own forward, which a data-parallel wrapper needs to see.

@@ -11,11 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForTokenClassification,
+)
 
 from dvpo import models
 from dvpo.data.templates import Encoded
-from dvpo.values import collate, position_ids, score_all, sequence_scores, token_values
+from dvpo.values import collate, model_inputs, position_ids, score_all, sequence_scores, token_values
 
 ARCHS = ("llama", "gpt2")
 PAD = 0
@@ -71,6 +76,23 @@ def test_collate_by_hand() -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_values_equal_the_stock_model_alone(checkpoints, texts, arch: str, side: str) -> None:
     check(checkpoints[arch, "value"], texts, side)
+
+
+def test_only_a_causal_model_padded_on_the_right_goes_without_a_mask(checkpoints, texts) -> None:
+    causal = {arch: ours(checkpoints[arch, "value"], "value") for arch in ARCHS}
+    for model in causal.values():
+        assert model_inputs(model, collate(texts, PAD))["attention_mask"] is None
+        assert model_inputs(model, collate(texts, PAD, "left"))["attention_mask"] is not None
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    both_ways = BertForTokenClassification(BertConfig(vocab_size=300, num_labels=1, **size)).eval()
+    batch = collate(texts, PAD)
+    assert model_inputs(both_ways, batch)["attention_mask"] is batch.attention_mask_B_L
+    with torch.no_grad():
+        whole_B_S = token_values(both_ways, batch)
+        for row, item in enumerate(texts):
+            alone_1_S = token_values(both_ways, collate([item], PAD))
+            assert torch.allclose(whole_B_S[row, : alone_1_S.shape[1]], alone_1_S[0], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -32,9 +32,9 @@ def pretrain(
 
     def batch_of(rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         length = max(map(len, rows))
+        # No attention mask: in a causal model right padding is seen by nothing that counts.
         return {
             "input_ids": torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
             "labels": torch.tensor([row + [-100] * (length - len(row)) for row in rows]),
         }
 
