@@ -64,7 +64,9 @@ class OtherSize(ModelSize):
 
 
 class World(Settings):
-    """The built-in world: places, one-line lessons for the base model, prompts of every split.
+    """The built-in world: places, lessons for the base model, prompts of every split.
+
+    lessons: single statements, called right or wrong. omissions: answers with a remark on what they leave out.
 
     margin: answers whose gold scores differ by less are a tie. 0.2 is more than a repetition or a courtesy makes, and
     about what one of three asked facts, or one false extra, makes.
@@ -72,6 +74,7 @@ class World(Settings):
 
     places: int = Field(ge=2)
     lessons: int = Field(ge=0)
+    omissions: int = Field(ge=0)
     margin: float = Field(0.2, ge=0)
     prompts: dict[Literal["base", "sft", "reward", "rl", "validation", "test"], int]
 

@@ -181,6 +181,11 @@ class Atlas:
             documents.append(f"{words.TOPIC.format(p=place)} {said} {words.REMARKS[verdict]}")
         return documents
 
+    def partial_answers(self, seed: int, questions: Sequence[Question]) -> list[str]:
+        """A true answer to each question that leaves out each asked attribute with probability 0.4 (never all)."""
+        rng, style = random.Random(seed), Style(omit=0.4, beside=0.1, curt=0.6, hedge=0.1)
+        return [self.answer(question, style, rng) for question in questions]
+
     def _question_count(self, asked: int) -> int:
         patterns = len(words.QUESTION_OPENERS) * len(words.QUESTION_CORES) * len(words.QUESTION_CLOSERS)
         return patterns * len(self.places) * math.perm(len(words.ATTRIBUTES), asked)

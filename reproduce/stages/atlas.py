@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,21 +21,26 @@ from dvpo.rollout.transformers import TransformersEngine
 from reproduce.pipeline import Context
 
 GENERATION_BATCH = 512
+LESSONS_END, CONVERSATIONS_BEGIN = 0.8, 0.3
+"""Where in the base model's corpus, from 0 to 1, the last lesson and the first conversation stand."""
 
 
 def atlas(ctx: Context) -> dict[str, Any]:
-    """The world and its texts. Settings: world_seed, places, lessons, margin, prompts {split: how many}.
+    """The world and its texts. Settings: world_seed, places, lessons, omissions, margin, prompts {split: how many}.
 
-    Writes world.json, the tokenizer, corpus.json (the base model's documents in the order of training: first the
-    one-line lessons, then a conversation for every `base` prompt, with a reader's remark after every statement), and a
-    file of examples per split: one demonstration per `sft` prompt by a random policy; the answers of all scripted
+    Writes world.json, the tokenizer, corpus.json (the base model's documents in the order of training:
+    `lessons` statements that are called right or wrong, `omissions` answers with a remark on what they leave out, and
+    more and more conversations, one for every `base` prompt, with a reader's remark after every statement), and a file of examples
+    per split: one demonstration per `sft` prompt by a random policy; the answers of all scripted
     policies, with gold scores and preferences, for `reward`, `validation` and `test`; bare prompts for `rl`.
     """
     s = ctx.settings
     world = Atlas.build(s["world_seed"], s["places"])
     build_tokenizer(world).save_pretrained(ctx.out / "tokenizer")
     write_json(ctx.out / "world.json", world.to_json())
-    questions = iter(world.questions(ctx.seed, sum(s["prompts"].values())))
+    asked = world.questions(ctx.seed, sum(s["prompts"].values()) + s["omissions"])
+    lessons = world.lessons(ctx.seed, s["lessons"])
+    questions = iter(asked[s["omissions"] :])
     judge, rng = Judge(world.to_json()), random.Random(ctx.seed)
     splits: dict[str, list[Example]] = {}
     for name in sorted(s["prompts"]):
@@ -44,7 +50,8 @@ def atlas(ctx: Context) -> dict[str, Any]:
             dump_examples(splits[name], ctx.out / f"{name}.jsonl")
     check_disjoint(splits)
     conversations = [_with_remarks(judge, e) for e in splits.pop("base")]
-    write_json(ctx.out / "corpus.json", world.lessons(ctx.seed, s["lessons"]) + conversations)
+    lessons += _on_omissions(world, judge, asked[: s["omissions"]], ctx.seed)
+    write_json(ctx.out / "corpus.json", _curriculum(lessons, conversations, ctx.seed))
     test = splits["test"]
     longer = [
         (len(a.text) > len(b.text)) + 0.5 * (len(a.text) == len(b.text))
@@ -154,6 +161,22 @@ def _with_remarks(judge: Judge, example: Example) -> str:
     for statement in reversed(judgement.statements):
         answer[statement.end : statement.end] = REMARKS[statement.verdict].split()
     return f"{USER} {question} {EOS} {ASSISTANT} {' '.join(answer)} {closing_remark(judgement.missing)}"
+
+
+def _curriculum(lessons: list[str], conversations: list[str], seed: int) -> list[str]:
+    """Lessons first and conversations last, with a long stretch of both: what a lesson taught is not lost again."""
+    rng = random.Random(seed)
+    placed = [(rng.uniform(0, LESSONS_END), text) for text in lessons]
+    placed += [(rng.uniform(CONVERSATIONS_BEGIN, 1), text) for text in conversations]
+    return [text for _, text in sorted(placed)]
+
+
+def _on_omissions(world: Atlas, judge: Judge, questions: Sequence[Question], seed: int) -> list[str]:
+    """Conversations with a reader's remark on what the answer leaves out, and none on its statements."""
+    answers = world.partial_answers(seed, questions)
+    remarks = [closing_remark(judge.judge(q.text, a).missing) for q, a in zip(questions, answers, strict=True)]
+    rows = zip(questions, answers, remarks, strict=True)
+    return [f"{USER} {q.text} {EOS} {ASSISTANT} {answer} {remark}" for q, answer, remark in rows]
 
 
 def _scored(judge: Judge, prompt: tuple[Message, ...], text: str, policy: str) -> Response:

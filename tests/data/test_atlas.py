@@ -280,6 +280,18 @@ def test_lessons_agree_with_the_facts(atlas: Atlas) -> None:
     assert len(right) > 250  # of 288 facts
 
 
+def test_partial_answers_are_true_and_leave_parts_out(atlas: Atlas) -> None:
+    questions = atlas.questions(seed=3, n=900)
+    answers, judge = atlas.partial_answers(5, questions), Judge(atlas.to_json())
+    assert answers == atlas.partial_answers(5, questions) != atlas.partial_answers(6, questions)
+    judged = [judge.judge(q.text, a) for q, a in zip(questions, answers, strict=True)]
+    assert not any(j.wrong_words or j.garbled for j in judged)
+    # Of three asked for, 1.2 are left out on average; where all would be, one is said after all: 0.4 ** 3 less.
+    missing = [len(j.missing) for q, j in zip(questions, judged, strict=True) if len(q.attributes) == 3]
+    assert sum(missing) / len(missing) == pytest.approx(1.2 - 0.4**3, abs=0.12)
+    assert max(missing) == 2
+
+
 def test_tokenizer_is_word_level_and_survives_saving(atlas: Atlas, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

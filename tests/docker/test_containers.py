@@ -103,7 +103,7 @@ def micro() -> str:
     """The tiny recipe with all its stages, cut to seconds."""
     values = recipe.load("tiny").model_dump(mode="json")
     values["name"] = "micro"
-    values["atlas"] |= {k: 60 for k in values["atlas"] if k in ("lessons", "corpus", "remarks")} | {"places": 6}
+    values["atlas"] |= {k: 60 for k in values["atlas"] if k in ("lessons", "omissions")} | {"places": 6}
     values["atlas"]["prompts"] = {k: 8 if k == "validation" else 60 for k in values["atlas"]["prompts"]}
     small = {"hidden": 16, "intermediate": 32, "layers": 1, "heads": 2, "positions": 256}
     values |= {"size": small, "other_sizes": {"small": small | {"hidden": 8}}, "cost_updates": 1, "cost_rounds": 1}

@@ -134,7 +134,7 @@ def micro() -> dict[str, Any]:
     """The tiny recipe with all its stages, cut to seconds."""
     values = recipe.load("tiny").model_dump(mode="json")
     values |= {"name": "micro", "study": True, "cost_updates": 1, "cost_rounds": 1}
-    values["atlas"] |= {"places": 6, "lessons": 150}
+    values["atlas"] |= {"places": 6, "lessons": 150, "omissions": 50}
     values["atlas"]["prompts"] = {"base": 100, "sft": 60, "reward": 60, "rl": 60, "validation": 8, "test": 60}
     small = {"hidden": 16, "intermediate": 32, "layers": 1, "heads": 2, "positions": 512}
     values |= {"size": small, "other_sizes": {"small": small | {"hidden": 8}}}
