@@ -28,11 +28,11 @@ LESSONS_END, CONVERSATIONS_BEGIN = 0.8, 0.3
 def atlas(ctx: Context) -> dict[str, Any]:
     """The world and its texts. Settings: world_seed, places, lessons, omissions, margin, prompts {split: how many}.
 
-    Writes world.json, the tokenizer, corpus.json (the base model's documents in the order of training:
-    `lessons` statements that are called right or wrong, `omissions` answers with a remark on what they leave out, and
-    more and more conversations, one for every `base` prompt, with a reader's remark after every statement), and a file of examples
-    per split: one demonstration per `sft` prompt by a random policy; the answers of all scripted
-    policies, with gold scores and preferences, for `reward`, `validation` and `test`; bare prompts for `rl`.
+    Writes world.json, the tokenizer, corpus.json (the base model's documents in the order of training: `lessons`
+    statements that are called right or wrong, `omissions` answers with a remark on what they leave out, and more and
+    more conversations, one for every `base` prompt, with a reader's remark after every statement), and a file of
+    examples per split: one demonstration per `sft` prompt by a random policy; the answers of all scripted policies,
+    with gold scores and preferences, for `reward`, `validation` and `test`; bare prompts for `rl`.
     """
     s = ctx.settings
     world = Atlas.build(s["world_seed"], s["places"])
