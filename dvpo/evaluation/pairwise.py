@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from dvpo import models
 from dvpo.data.pairs import EncodedPair, Encoder, preference_picks
@@ -20,14 +21,18 @@ from dvpo.values import score_all
 def score_pairs(
     model: Any, pairs: Sequence[EncodedPair], pad_id: int, aggregates: Sequence[str] = AGGREGATES, bf16: bool = False
 ) -> list[dict[str, Any]]:
-    """One row per pair: {"prompt", "better": {aggregate: score, "tokens": T}, "worse": {...}}."""
-    texts = [text for pair in pairs for text in (pair.better, pair.worse)]
-    scores: list[dict[str, float]] = [{} for _ in texts]
-    for i, values_S in score_all(model, texts, pad_id, bf16=bf16):
-        mask_1_S = torch.ones(1, len(values_S), dtype=torch.bool)
-        scores[i] = {how: float(aggregate(values_S[None], mask_1_S, how)) for how in aggregates}
-        scores[i]["tokens"] = len(texts[i].response_ids)
-    return [{"prompt": p.prompt, "better": scores[2 * i], "worse": scores[2 * i + 1]} for i, p in enumerate(pairs)]
+    """One row per pair: {"prompt", "better": {aggregate: score, "tokens": T}, "worse": {...}}. `pairs` is not empty."""
+    texts = {id(text): text for pair in pairs for text in (pair.better, pair.worse)}  # a text may be in many pairs
+    order = list(texts.values())
+    rows: list[torch.Tensor] = [torch.empty(0)] * len(order)
+    for i, values_S in score_all(model, order, pad_id, bf16=bf16):
+        rows[i] = values_S
+    values_N_S = pad_sequence(rows, batch_first=True)
+    mask_N_S = torch.arange(values_N_S.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    found = {how: aggregate(values_N_S, mask_N_S, how).tolist() for how in aggregates}
+    found["tokens"] = [len(text.response_ids) for text in order]
+    scores = {key: {name: column[i] for name, column in found.items()} for i, key in enumerate(texts)}
+    return [{"prompt": p.prompt, "better": scores[id(p.better)], "worse": scores[id(p.worse)]} for p in pairs]
 
 
 def wins(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
