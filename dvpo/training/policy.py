@@ -296,13 +296,13 @@ class OnlineTrainer:
 
     def _prompts_of(self, update: int) -> list[int]:
         """The prompts of an update: whole passes over the data, each in its own seeded order."""
-        first = update * self.settings.prompts_per_update
-        chosen, n = [], len(self.prompts)
-        for i in range(first, first + self.settings.prompts_per_update):
-            order = list(range(n))
-            random.Random(f"{self.seed} {i // n}").shuffle(order)
-            chosen.append(order[i % n])
-        return chosen
+        first, n = update * self.settings.prompts_per_update, len(self.prompts)
+        places = range(first, first + self.settings.prompts_per_update)
+        orders: dict[int, list[int]] = {}
+        for number in {i // n for i in places}:
+            orders[number] = list(range(n))
+            random.Random(f"{self.seed} {number}").shuffle(orders[number])
+        return [orders[i // n][i % n] for i in places]
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
         encoded = [(p, encode_prompt(self.tokenizer, p)) for p in prompts]
