@@ -62,8 +62,8 @@ def position_ids(attention_mask_B_L: Tensor) -> Tensor:
 def model_inputs(model: Any, batch: ValueBatch) -> dict[str, Any]:
     """What the forward pass of a batch is given.
 
-    The tokens of a causal model never see what stands to their right, so right padding needs no mask; without one,
-    attention takes its causal form, which computes half as much.
+    The tokens of a causal model never see what stands to their right, so right padding needs no mask, and attention can
+    take its causal form.
     """
     mask_B_L: Tensor | None = batch.attention_mask_B_L
     positions_B_L = position_ids(batch.attention_mask_B_L)

@@ -67,7 +67,6 @@ class World(Settings):
     """The built-in world: places, lessons for the base model, prompts of every split.
 
     lessons: single statements, called right or wrong. omissions: answers with a remark on what they leave out.
-
     margin: answers whose gold scores differ by less are a tie. 0.2 is more than a repetition or a courtesy makes, and
     about what one of three asked facts, or one false extra, makes.
     """
