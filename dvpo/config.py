@@ -74,12 +74,16 @@ class PretrainSettings(TrainSettings):
     Weight matrices of the layers go by Muon, which learns in a fraction of AdamW's steps; the rest by AdamW at
     `learning_rate`. A short memory of squared gradients (beta2) learns sooner. The rates are constant but for the last
     `decay` of the steps, over which they fall to zero.
+
+    remark_weight: how many other words the first word of a reader's remark counts as. It is one word in some fifteen,
+    and the only one that takes the truth to foresee.
     """
 
     schedule: Literal["warmup_stable_decay"] = "warmup_stable_decay"  # type: ignore[assignment]
     decay: float = Field(0.3, ge=0, le=1)
     muon_learning_rate: float = Field(0.01, gt=0)
     adam_beta2: float = Field(0.95, gt=0, lt=1)
+    remark_weight: float = Field(1, gt=0)
 
 
 class RewardSettings(TrainSettings):

@@ -164,9 +164,11 @@ class Atlas:
         return " ".join(sentences)
 
     def lessons(self, seed: int, n: int) -> list[str]:
-        """`n` one-line documents: a place, a statement, and a reader's remark that it is right or wrong.
+        """`n` documents: a place, a statement, and a reader's remark that it is right or wrong.
 
-        Half of them are wrong: a false value, or a statement on another place.
+        Half of them are wrong: a false value, or a statement on another place. One in five has a question on the place
+        before the statement, as a conversation has: without these, whether the judgement carries over to conversations
+        is luck.
         """
         rng, style = random.Random(seed), Style(wrong_value=0.25, wrong_place=0.25, hedge=0.1)
         documents = []
@@ -178,7 +180,11 @@ class Atlas:
             else:
                 verdict = "right" if claim.value == self.facts[place][attribute] else "wrong value"
             said = self._say(claim, place, rng.random() < 0.1, style, rng)
-            documents.append(f"{words.TOPIC.format(p=place)} {said} {words.REMARKS[verdict]}")
+            opening = words.TOPIC.format(p=place)
+            if rng.random() < 0.2:
+                core = rng.choice(words.QUESTION_CORES).format(p=place, l=attribute, be="is")
+                opening = f"{words.USER} {core} {words.EOS} {words.ASSISTANT}"
+            documents.append(f"{opening} {said} {words.REMARKS[verdict]}")
         return documents
 
     def partial_answers(self, seed: int, questions: Sequence[Question]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,13 @@ from dvpo.evaluation.intervals import mean_with_interval
 from dvpo.files import atomic_write, write_json
 from dvpo.rollout.transformers import TransformersEngine
 from reproduce.pipeline import Context
+from reproduce.stages.remarks import remark_auroc
 
 GENERATION_BATCH = 512
 LESSONS_END, CONVERSATIONS_BEGIN = 0.8, 0.3
 """Where in the base model's corpus, from 0 to 1, the last lesson and the first conversation stand."""
+REMARKED_LESSONS, REMARKED_PROMPTS = 600, 100
+"""How many lessons, and the answers to how many prompts, measure what a base model knows."""
 
 
 def atlas(ctx: Context) -> dict[str, Any]:
@@ -49,9 +51,11 @@ def atlas(ctx: Context) -> dict[str, Any]:
         if name != "base":
             dump_examples(splits[name], ctx.out / f"{name}.jsonl")
     check_disjoint(splits)
-    conversations = [_with_remarks(judge, e) for e in splits.pop("base")]
-    lessons += _on_omissions(world, judge, asked[: s["omissions"]], ctx.seed)
-    write_json(ctx.out / "corpus.json", _curriculum(lessons, conversations, ctx.seed))
+    read = [_with_remarks(judge, e.prompt[0]["content"], e.responses[0].text) for e in splits.pop("base")]
+    partial = asked[: s["omissions"]]
+    answers = world.partial_answers(ctx.seed, partial)
+    lessons += [_with_last_remark(judge, q.text, a) for q, a in zip(partial, answers, strict=True)]
+    write_json(ctx.out / "corpus.json", _curriculum(lessons, read, ctx.seed))
     test = splits["test"]
     longer = [
         (len(a.text) > len(b.text)) + 0.5 * (len(a.text) == len(b.text))
@@ -69,7 +73,11 @@ def atlas(ctx: Context) -> dict[str, Any]:
 
 
 def base(ctx: Context) -> dict[str, Any]:
-    """Pretrains a model from random weights on the world's corpus. Input: atlas. Settings: size, train."""
+    """Pretrains a model from random weights on the world's corpus. Input: atlas. Settings: size, train.
+
+    `remarks` in the metrics says how well the model foresees a reader's remarks (AUROC) on lessons that it has not
+    read, on the statements of the `validation` answers, and on what those leave out.
+    """
     from dvpo.training.pretrain import pretrain
 
     tokenizer = models.load_tokenizer(ctx.inputs["atlas"] / "tokenizer")
@@ -79,7 +87,22 @@ def base(ctx: Context) -> dict[str, Any]:
     corpus = json.loads((ctx.inputs["atlas"] / "corpus.json").read_text())
     texts = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in corpus]
     settings = PretrainSettings(**ctx.settings["train"])
-    return pretrain(start, texts, settings, ctx.out, ctx.state / "trainer", ctx.seed)
+    remarks = {tokenizer.convert_tokens_to_ids(r.split()[0]): settings.remark_weight for r in REMARKS.values()}
+    metrics = pretrain(start, texts, settings, ctx.out, ctx.state / "trainer", ctx.seed, remarks)
+    return {**metrics, "remarks": _remarks(ctx, tokenizer)}
+
+
+def _remarks(ctx: Context, tokenizer: Any) -> dict[str, float | None]:
+    model = models.load(ctx.out, "policy").eval()
+    world, judge = Atlas.from_json(json.loads((ctx.inputs["atlas"] / "world.json").read_text())), _judge(ctx)
+    rows = load_examples(ctx.inputs["atlas"] / "validation.jsonl")[:REMARKED_PROMPTS]
+    answers = [(e.prompt[0]["content"], r.text) for e in rows for r in e.responses]
+    texts = {
+        "lessons": (world.lessons(ctx.seed + 1, REMARKED_LESSONS), "right", "wrong"),
+        "conversations": ([_with_remarks(judge, q, a) for q, a in answers], "right", "wrong"),
+        "omissions": ([_with_last_remark(judge, q, a) for q, a in answers], "all", "and"),
+    }
+    return {name: remark_auroc(model, tokenizer, *of) for name, of in texts.items()}
 
 
 def coverage(ctx: Context) -> dict[str, Any]:
@@ -154,13 +177,25 @@ def _answered(world: Atlas, judge: Judge, question: Question, place: str, rng: r
     return _with_preferences(prompt, responses, f"atlas:{place}", margin)
 
 
-def _with_remarks(judge: Judge, example: Example) -> str:
+def _with_remarks(judge: Judge, question: str, answer: str) -> str:
     """A question and its answer as a conversation, with a reader's remarks: one on every statement, one on the end."""
-    question, answer = example.prompt[0]["content"], example.responses[0].text.split()
-    judgement = judge.judge(question, example.responses[0].text)
-    for statement in reversed(judgement.statements):
-        answer[statement.end : statement.end] = REMARKS[statement.verdict].split()
-    return f"{USER} {question} {EOS} {ASSISTANT} {' '.join(answer)} {closing_remark(judgement.missing)}"
+    words = answer.split()
+    for statement in reversed(judge.judge(question, answer).statements):
+        words[statement.end : statement.end] = REMARKS[statement.verdict].split()
+    return f"{_conversation(question, ' '.join(words))} {_last_remark(judge, question, answer)}"
+
+
+def _with_last_remark(judge: Judge, question: str, answer: str) -> str:
+    """The same with a remark on the end only: on what the answer leaves out."""
+    return f"{_conversation(question, answer)} {_last_remark(judge, question, answer)}"
+
+
+def _conversation(question: str, answer: str) -> str:
+    return f"{USER} {question} {EOS} {ASSISTANT} {answer}"
+
+
+def _last_remark(judge: Judge, question: str, answer: str) -> str:
+    return closing_remark(judge.judge(question, answer).missing)
 
 
 def _curriculum(lessons: list[str], conversations: list[str], seed: int) -> list[str]:
@@ -169,14 +204,6 @@ def _curriculum(lessons: list[str], conversations: list[str], seed: int) -> list
     placed = [(rng.uniform(0, LESSONS_END), text) for text in lessons]
     placed += [(rng.uniform(CONVERSATIONS_BEGIN, 1), text) for text in conversations]
     return [text for _, text in sorted(placed)]
-
-
-def _on_omissions(world: Atlas, judge: Judge, questions: Sequence[Question], seed: int) -> list[str]:
-    """Conversations with a reader's remark on what the answer leaves out, and none on its statements."""
-    answers = world.partial_answers(seed, questions)
-    remarks = [closing_remark(judge.judge(q.text, a).missing) for q, a in zip(questions, answers, strict=True)]
-    rows = zip(questions, answers, remarks, strict=True)
-    return [f"{USER} {q.text} {EOS} {ASSISTANT} {answer} {remark}" for q, answer, remark in rows]
 
 
 def _scored(judge: Judge, prompt: tuple[Message, ...], text: str, policy: str) -> Response:

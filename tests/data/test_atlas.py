@@ -267,8 +267,11 @@ def test_lessons_agree_with_the_facts(atlas: Atlas) -> None:
     assert len(documents) == 2000
     assert documents == atlas.lessons(seed=0, n=2000) != atlas.lessons(seed=1, n=2000)
     judge, remarks, right = Judge(atlas.to_json()), [], set()
+    conversations = [d for d in documents if d.startswith("<user> ")]
+    assert len(conversations) / len(documents) == pytest.approx(0.2, abs=0.03)
     for document in documents:
-        _, topic, _, rest = document.split(" ", 3)
+        opening, rest = document.split(" <eos> <assistant> " if document in conversations else " : ", 1)
+        (topic,) = (word for word in opening.split() if word in atlas.places)
         statement, remark = rest.removesuffix(" .").rsplit(" . ", 1)
         # A curt statement leaves the place out; the topic line is part of what is judged.
         (said,) = judge.judge(f"what is the river of {topic} ?", f"about {topic} : {statement} .").statements

@@ -351,6 +351,21 @@ def test_pretraining_learns_and_resumes_to_the_same_bytes(checkpoints, texts, tm
     assert largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
 
 
+def test_a_weighted_token_counts_so_many_times_in_the_loss(checkpoints, tmp_path) -> None:
+    rows, start = [[5, 6, 7, 8, 7], [9, 7, 4]], checkpoints["llama", "policy"]
+    settings = PretrainSettings(learning_rate=1e-3, batch_size=2, log_steps=1, save_steps=1)
+    found = pretrain(start, rows, settings, tmp_path / "out", tmp_path / "state", 0, {7: 20.0})["losses"][0][1]
+    model, total, weight = models.load(start, "policy").eval(), 0.0, 0.0
+    for row in rows:
+        with torch.no_grad():
+            logprobs_T_V = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+        for t, target in enumerate(row[1:]):
+            counts = 20.0 if target == 7 else 1.0
+            total -= counts * float(logprobs_T_V[t, target])
+            weight += counts
+    assert found == pytest.approx(total / weight, abs=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
 def test_orthogonalised_keeps_the_singular_vectors_and_evens_out_the_values(shape) -> None:
     torch.manual_seed(0)
