@@ -1,10 +1,11 @@
-"""Batches the texts of all clients and runs them on one worker thread.
+"""Batches the texts of all clients and runs them on worker threads, mostly one.
 
-All state but the backend lives on the event loop, so there are no locks. The worker thread takes one batch at a time.
+All state but the backend lives on the event loop, so there are no locks. A worker thread takes one batch at a time.
 A batch that takes too long means that the backend hangs: a thread cannot be ended, so the engine gives up for good.
 
 Which texts make the next batch: the one that has waited longest is always in it, so nobody starves; beside it come the
-texts with its prompt, then those nearest to it in length, up to the token budget.
+texts with its prompt, then those nearest to it in length, up to the token budget, or up to a worker's fair share of
+what waits if that is less: no worker is left without while another has a long batch.
 """
 
 import asyncio
@@ -24,6 +25,11 @@ from server.logs import frames_of, logger
 _DOUBT_SECONDS = 10.0
 """For how long the engine counts as failing after the model failed on a text, unless it scores another before."""
 
+_LEAST_SHARE = 512
+"""Tokens: what waits is not spread over the workers more thinly than this. Fewer do not keep a core busy."""
+_WORTH_WAITING = 64
+"""Tokens of a prompt: a text waits for a batch that computes a prompt of so many, instead of computing it again."""
+
 
 class Overloaded(RuntimeError):
     """The queue is full: nothing was taken. `retry_after_seconds` is when it should have emptied, a whole number."""
@@ -41,7 +47,7 @@ class Unavailable(RuntimeError):
 class Reply:
     """The values of a request's texts in order, and where its time went.
 
-    `inference_seconds` is the time of the batches that its texts were in; `queue_seconds` is the rest.
+    `inference_seconds` is the time of the batches that its texts were in, added up; `queue_seconds` is the rest.
     """
 
     scored: list[Scored]
@@ -94,6 +100,14 @@ class _Request:
 
 
 @dataclass(eq=False)
+class _Running:
+    """A batch in a worker thread, and what gives it up when it takes too long."""
+
+    entries: "list[_Waiting]"
+    watchdog: asyncio.TimerHandle
+
+
+@dataclass(eq=False)
 class _Waiting:
     """One text in the queue. `alone` after its batch failed: it must not fail with the others again."""
 
@@ -112,6 +126,7 @@ class Engine:
         self,
         backend: Backend,
         *,
+        workers: int = 1,
         batch_tokens: int = 4096,
         queue_tokens: int = 262_144,
         batch_seconds: float = 300.0,
@@ -120,6 +135,7 @@ class Engine:
         """Prepares the engine; nothing runs before `start`.
 
         Args:
+            workers: batches that run at the same time, each in a thread; more than one needs a backend that allows it.
             batch_tokens: tokens computed in one batch, a prompt shared by several texts counted once. A longer text
                 is run by itself.
             queue_tokens: tokens that may wait; bounds memory and waiting time.
@@ -127,23 +143,24 @@ class Engine:
             on_batch: called on the event loop after every batch.
         """
         self._backend = backend
+        self._workers = workers
         self._batch_tokens = batch_tokens
         self._queue_tokens = queue_tokens
         self._batch_seconds = batch_seconds
         self._on_batch = on_batch
         self._waiting: dict[_Waiting, None] = {}  # in the order of arrival
         self._waiting_tokens = 0
-        self._running: list[_Waiting] = []
+        self._running: dict[int, _Running] = {}
+        self._batches = 0
         self._rate = 0.0
         self._stopping = False
         self._death: str | None = None
         self._hangs = False
         self._failed_at = -math.inf
-        self._watchdog: asyncio.TimerHandle | None = None
-        self._inbox: queue.SimpleQueue[list[Encoded] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[int, list[Encoded]] | None] = queue.SimpleQueue()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -156,17 +173,19 @@ class Engine:
         return Stats(
             len(self._waiting),
             self._waiting_tokens,
-            len(self._running),
+            sum(len(batch.entries) for batch in self._running.values()),
             self._rate,
-            not self._stopping and self._death is None and self._thread is not None,
+            not self._stopping and self._death is None and bool(self._threads),
             time.monotonic() - self._failed_at < _DOUBT_SECONDS,
         )
 
     def start(self) -> None:
-        """Starts the worker thread. Call it on the running event loop."""
+        """Starts the worker threads. Call it on the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
-        self._thread.start()
+        for number in range(self._workers):
+            thread = threading.Thread(target=self._work, name=f"scoring-{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     async def submit(self, items: Sequence[Encoded]) -> Reply:
         """Scores texts; returns when all are done. If the awaiting task is cancelled, what still waits is dropped.
@@ -186,7 +205,7 @@ class Engine:
             entry = _Waiting(item, request, position, _length(item), repr(item.prompt_ids).encode())
             self._waiting[entry] = None
             self._waiting_tokens += entry.tokens
-        self._next_batch()
+        self._next_batches()
         try:
             await request.done
         except asyncio.CancelledError:
@@ -197,19 +216,21 @@ class Engine:
         return Reply(scored, max(0.0, total - request.inference_seconds), request.inference_seconds)
 
     async def stop(self) -> None:
-        """Refuses new work, finishes what was taken, ends the worker thread and closes a backend that does not hang."""
+        """Refuses new work, finishes what was taken, ends the workers and closes a backend that does not hang."""
         self._stopping = True
         await self._idle.wait()
-        if self._thread is not None and not self._hangs:
-            self._inbox.put(None)
-            await asyncio.to_thread(self._thread.join)
-            self._thread = None
+        if self._threads and not self._hangs:
+            for _ in self._threads:
+                self._inbox.put(None)
+            for thread in self._threads:
+                await asyncio.to_thread(thread.join)
+            self._threads = []
             self._backend.close()
 
     def _check(self, items: Sequence[Encoded]) -> None:
         if self._death is not None:
             raise Unavailable(self._death)
-        if self._stopping or self._thread is None:
+        if self._stopping or not self._threads:
             raise Unavailable("the server is stopping" if self._stopping else "the engine was not started")
         tokens = 0
         for position, item in enumerate(items):
@@ -245,29 +266,43 @@ class Engine:
         else:
             self._idle.set()
 
-    def _next_batch(self) -> None:
-        """Hands the worker a batch if it has none and something waits."""
-        if self._waiting and not self._running and self._death is None:
-            self._running = _choose(list(self._waiting), self._batch_tokens)
-            for entry in self._running:
+    def _next_batches(self) -> None:
+        """Hands a batch to every worker that has none, as long as something waits."""
+        while len(self._running) < self._workers and self._death is None:
+            waiting = self._ready()
+            if not waiting:
+                break
+            share = -(-_cost(waiting) // (self._workers - len(self._running)))
+            entries = _choose(waiting, min(max(share, _LEAST_SHARE), self._batch_tokens))
+            for entry in entries:
                 self._remove(entry)
-            self._inbox.put([entry.item for entry in self._running])
-            self._watchdog = asyncio.get_running_loop().call_later(self._batch_seconds, self._hung)
+            self._batches += 1
+            watchdog = asyncio.get_running_loop().call_later(self._batch_seconds, self._hung)
+            self._running[self._batches] = _Running(entries, watchdog)
+            self._inbox.put((self._batches, [entry.item for entry in entries]))
         self._note_idle()
 
-    def _finish(self, outcome: list[Scored] | Exception, seconds: float) -> None:
-        """Takes the outcome of the running batch, on the event loop."""
-        if self._hangs:  # it came after all, and those who waited for it have been told
+    def _ready(self) -> list[_Waiting]:
+        """What waits, without the texts whose prompt another batch computes now: after that it need not be computed."""
+        if not self._running:
+            return list(self._waiting)
+        in_work = {entry.prompt for batch in self._running.values() for entry in batch.entries}
+        return [e for e in self._waiting if e.prompt not in in_work or len(e.item.prompt_ids) < _WORTH_WAITING]
+
+    def _finish(self, number: int, outcome: list[Scored] | Exception, seconds: float) -> None:
+        """Takes the outcome of a batch, on the event loop."""
+        if number not in self._running:  # it came after the engine gave up, and those who waited have been told
             return
-        self._stop_watching()
-        batch, self._running = self._running, []
+        running = self._running.pop(number)
+        running.watchdog.cancel()
+        batch = running.entries
         for request in {entry.request for entry in batch}:
             request.inference_seconds += seconds
         tokens = sum(entry.tokens for entry in batch)
         if isinstance(outcome, Exception):
             self._fail(batch, outcome)
         else:
-            rate = tokens / max(seconds, 1e-6)
+            rate = self._workers * tokens / max(seconds, 1e-6)
             self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
             self._failed_at = -math.inf
             for entry, scored in zip(batch, outcome, strict=True):
@@ -275,7 +310,7 @@ class Engine:
                 entry.request.missing -= 1
                 if not entry.request.missing:
                     _settle(entry.request, None)
-        self._next_batch()
+        self._next_batches()
         if self._on_batch is not None:
             cached = 0 if isinstance(outcome, Exception) else sum(scored.cached_tokens for scored in outcome)
             fill = _cost(batch) / self._batch_tokens
@@ -309,35 +344,34 @@ class Engine:
         )
 
     def _died(self, reason: str) -> None:
-        """The worker thread is gone."""
-        if self._hangs or (self._stopping and not self._running and not self._waiting):
+        """A worker thread is gone."""
+        if self._death is not None or (self._stopping and not self._running and not self._waiting):
             return
         self._give_up(f"the scoring worker died ({reason}); restart the server")
 
     def _hung(self) -> None:
-        """The running batch takes too long."""
+        """A batch takes too long."""
         self._hangs = True
         self._give_up(f"the scoring worker hangs (a batch took over {self._batch_seconds:g} s); restart the server")
 
-    def _stop_watching(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-
     def _give_up(self, reason: str) -> None:
         """Nothing will be scored any more: everybody who waits is told."""
-        self._stop_watching()
         self._death = reason
+        for batch in self._running.values():
+            batch.watchdog.cancel()
         logger().error("gave_up", reason=reason)
-        for request in {entry.request for entry in [*self._running, *self._waiting]}:
+        taken = [entry for batch in self._running.values() for entry in batch.entries]
+        for request in {entry.request for entry in [*taken, *self._waiting]}:
             _settle(request, Unavailable(self._death))
-        self._running, self._waiting, self._waiting_tokens = [], {}, 0
+        self._running, self._waiting, self._waiting_tokens = {}, {}, 0
         self._note_idle()
 
     def _work(self) -> None:
-        """The worker thread: batches in, outcomes out, until it is handed None."""
+        """A worker thread: batches in, outcomes out, until it is handed None."""
         reason = "it ended"
         try:
-            while (batch := self._inbox.get()) is not None:
+            while (handed := self._inbox.get()) is not None:
+                number, batch = handed
                 began = time.monotonic()
                 outcome: list[Scored] | Exception
                 try:
@@ -346,7 +380,7 @@ class Engine:
                         outcome = RuntimeError(f"the backend gave {len(outcome)} results for {len(batch)} texts")
                 except Exception as error:
                     outcome = error
-                self._tell(self._finish, outcome, time.monotonic() - began)
+                self._tell(self._finish, number, outcome, time.monotonic() - began)
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
         finally:
@@ -379,7 +413,7 @@ def _choose(waiting: list[_Waiting], budget: int) -> list[_Waiting]:
     return sorted(batch, key=lambda e: first[e.prompt])
 
 
-def _cost(batch: list[_Waiting]) -> int:
+def _cost(batch: Sequence[_Waiting]) -> int:
     """Tokens to compute when nothing is cached, every prompt once."""
     prompts = {entry.prompt: len(entry.item.prompt_ids) for entry in batch}
     return sum(prompts.values()) + sum(len(entry.item.response_ids) for entry in batch)

@@ -80,6 +80,7 @@ def _serve(request: Request, folder: Path, keys: tuple[str, ...], listener: sock
     backend = _backend(request, folder)
     engine = Engine(
         backend,
+        workers=backend.workers,
         batch_tokens=request.max_batch_tokens,
         queue_tokens=request.max_queue_tokens,
         batch_seconds=request.max_batch_seconds,

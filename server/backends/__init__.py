@@ -41,9 +41,10 @@ class Scored:
 
 
 class Backend(Protocol):
-    """Scores texts. Called from one thread at a time."""
+    """Scores texts. Called from at most `workers` threads at a time."""
 
     info: ModelInfo
+    workers: int
 
     def score(self, items: Sequence[Encoded]) -> list[Scored]:
         """Values of every text, in order. Any company gives the same values (the bound is the backend's to state)."""

@@ -1,5 +1,6 @@
 """A text's values do not depend on what it is scored with, nor on what is kept. The reference is the stock model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -120,6 +121,19 @@ def test_the_cache_keeps_to_its_bytes_and_drops_the_oldest(checkpoints) -> None:
     assert cached == [20, 20, 0]
     ours.score([Encoded([5] * 51, [4])])
     assert ours.score([Encoded([5] * 51, [4])])[0].cached_tokens == 0
+
+
+def test_threads_that_score_at_once_share_the_cache_and_change_no_value(checkpoints) -> None:
+    folder = checkpoints["llama", "value"]
+    fresh = TransformersBackend(folder, cache_bytes=40_000)  # of a few prompts: they push one another out
+    items = [Encoded(list(PROMPTS[i % 4]), [i, 40 - i, 3]) for i in range(40)]
+    expected = [alone(folder, "value", item) for item in items]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = pool.map(lambda start: fresh.score(items[start : start + 4]), range(0, 40, 4))
+            require_equal([one for part in found for one in part], expected)
+    assert 0 < fresh.cache.bytes <= 40_000
+    assert fresh.cache.bytes == sum(prefix.nbytes for prefix in fresh.cache._entries.values())
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

@@ -296,6 +296,71 @@ def test_what_can_never_be_scored_is_refused_at_once(bad: Encoded, said: str) ->
     assert not backend.batches
 
 
+def test_workers_take_a_fair_share_each_and_run_at_the_same_time() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        backend.gate.clear()
+        first = asyncio.ensure_future(engine.submit([item([0])]))
+        await until(lambda: len(backend.batches) == 1)
+        task = asyncio.ensure_future(engine.submit([item([i] * 299) for i in range(8)]))
+        await until(lambda: len(backend.batches) == 3)
+        assert engine.stats().running_items == 9 and engine.stats().waiting_items == 0
+        backend.gate.set()
+        await first
+        assert [s.values_S[1] for s in (await task).scored] == list(range(8))
+
+    run(work, backend, workers=3, batch_tokens=4096)
+    assert [len(batch) for batch in backend.batches] == [1, 4, 4]
+
+
+def test_little_work_is_not_spread_thinly() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        await engine.submit([item([i] * 50) for i in range(8)])
+
+    run(work, backend, workers=4)
+    assert [len(batch) for batch in backend.batches] == [8]
+
+
+@pytest.mark.parametrize(("prompt_tokens", "batches"), [(100, 1), (10, 2)])
+def test_a_text_waits_for_a_long_prompt_that_is_computed_now(prompt_tokens: int, batches: int) -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        backend.gate.clear()
+        prompt = [3] * prompt_tokens
+        tasks = [asyncio.ensure_future(engine.submit([item([i], prompt)])) for i in range(2)]
+        await until(lambda: len(backend.batches) == batches)
+        await asyncio.sleep(0.05)
+        assert len(backend.batches) == batches
+        backend.gate.set()
+        await asyncio.gather(*tasks)
+
+    run(work, backend, workers=2)
+    assert len(backend.batches) == 2
+
+
+def test_when_one_of_several_workers_dies_all_are_told() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        backend.gate.clear()
+        tasks = [asyncio.ensure_future(engine.submit([item([i] * 600)])) for i in range(2)]
+        await until(lambda: len(backend.batches) == 2)
+        tasks.append(asyncio.ensure_future(engine.submit([item([5])])))
+        await asyncio.sleep(0)
+        backend.action = die
+        backend.gate.set()
+        for task in tasks:
+            with pytest.raises(Unavailable, match="died"):
+                await task
+
+    run(work, backend, workers=2)
+    assert backend.closed
+
+
 def test_a_failing_observer_stops_nothing() -> None:
     backend = Fake()
 
