@@ -20,6 +20,8 @@ from dvpo.models import head
 from dvpo.values import collate, position_ids, unwrapped
 
 ATTENTION = "dvpo_packed"
+_CPU_STEP = 64
+"""Tokens whose attention is computed at once. On a CPU, attention over a whole text also computes what it masks."""
 # What models hand to an attention function beside the tensors, and what makes no difference to the result.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"}
 
@@ -59,16 +61,19 @@ class _Segment:
     start: int
     stop: int
     before: slice | Prefix | None = None
-    mask: Tensor | None = None
 
 
 @dataclass
 class _Packing:
-    """How a row is read by attention; `kept` collects keys and values of the prompts that are to be kept."""
+    """How a row is read by attention.
+
+    `kept` collects keys and values of the prompts that are to be kept; `masks` serve all layers, by their shapes.
+    """
 
     segments: list[_Segment] = field(default_factory=list)
     keep: dict[int, slice] = field(default_factory=dict)
     kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -235,25 +240,40 @@ def _attention(
     for segment in packing.segments:
         place = slice(segment.start, segment.stop)
         keys, values = key[:, :, place], value[:, :, place]
+        step = _CPU_STEP if query.device.type == "cpu" else segment.stop - segment.start
         if segment.before is not None:
             if isinstance(segment.before, Prefix):
                 past = segment.before.layers[module.layer_idx]
             else:
                 past = (key[:, :, segment.before], value[:, :, segment.before])
             keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
-            if segment.mask is None:
-                segment.mask = _mask(segment.stop - segment.start, keys.shape[2], query)
-        attended = functional.scaled_dot_product_attention(
-            query[:, :, place],
-            keys,
-            values,
-            attn_mask=segment.mask,
-            is_causal=segment.mask is None,
-            scale=scaling,
-            enable_gqa=keys.shape[1] != query.shape[1],
-        )
-        output[:, place] = attended.transpose(1, 2)
+            step = segment.stop - segment.start
+        later = keys.shape[2] - segment.stop  # from a token's place in the row to its place among the keys
+        for start in range(segment.start, segment.stop, step):
+            stop = min(start + step, segment.stop)
+            seen = slice(0, stop + later)
+            attended = _attend(query[:, :, start:stop], keys[:, :, seen], values[:, :, seen], scaling, packing.masks)
+            output[:, start:stop] = attended.transpose(1, 2)
     return output, None
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, masks: dict[tuple[int, int], Tensor]
+) -> Tensor:
+    """Attention of the last R tokens [1, heads, R, D] to C tokens, causally. Returns [1, heads, R, D]."""
+    shape = query.shape[2], keys.shape[2]
+    if shape[0] != shape[1] and shape not in masks:
+        masks[shape] = _mask(*shape, query)
+    mask = masks.get(shape)
+    return functional.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=keys.shape[1] != query.shape[1],
+    )
 
 
 def _mask(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -65,7 +65,11 @@ def pairwise(
         int | None, typer.Option(metavar="K", min=1, help="At most so many pairs of a prompt.")
     ] = None,
     most: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many pairs in all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the two samples.")] = 0,
+    trajectory_k: Annotated[
+        int, typer.Option(metavar="K", min=0, help="Put K other answers of the same policy before each prompt (tau).")
+    ] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    seed: Annotated[int, typer.Option(help="Of all samples.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the result there too.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -83,6 +87,8 @@ def pairwise(
         max_response_tokens=max_response_tokens,
         per_prompt=per_prompt,
         most=most,
+        trajectory_k=trajectory_k,
+        bf16=bf16,
         seed=seed,
         out=out,
         as_json=as_json,

@@ -1,11 +1,11 @@
-"""Batches the texts of all clients and runs them on worker threads, mostly one.
+"""Batches the texts of all clients and runs them on worker threads.
 
 All state but the backend lives on the event loop, so there are no locks. A worker thread takes one batch at a time.
 A batch that takes too long means that the backend hangs: a thread cannot be ended, so the engine gives up for good.
 
-Which texts make the next batch: the one that has waited longest is always in it, so nobody starves; beside it come the
-texts with its prompt, then those nearest to it in length, up to the token budget, or up to a worker's fair share of
-what waits if that is less: no worker is left without while another has a long batch.
+A batch has as many tokens as the budget allows, or a worker's fair share of what waits if that is less: no worker is
+left without while another has a long batch. Where all that waits fits into one batch and nothing runs, that batch has
+the machine for itself until it is done.
 """
 
 import asyncio
@@ -15,18 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dvpo.data.templates import Encoded
 from dvpo.errors import InputError, StageError
 from server.backends import Backend, ModelInfo, Scored
+from server.batching import Request, Waiting, choose, cost_of, length_of
 from server.logs import frames_of, logger
 
 _DOUBT_SECONDS = 10.0
 """For how long the engine counts as failing after the model failed on a text, unless it scores another before."""
-
-_LEAST_SHARE = 512
-"""Tokens: what waits is not spread over the workers more thinly than this. Fewer do not keep a core busy."""
+_LEAST_SHARE = 1536
+"""Tokens: what waits is not spread over the workers more thinly than this."""
 _WORTH_WAITING = 64
 """Tokens of a prompt: a text waits for a batch that computes a prompt of so many, instead of computing it again."""
 
@@ -87,36 +87,12 @@ class Stats:
 
 
 @dataclass(eq=False)
-class _Request:
-    """Results of one submit as they come in; `done` is set when all are there or one failed."""
-
-    results: list[Scored | None]
-    done: asyncio.Future[None]
-    inference_seconds: float = 0.0
-    missing: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.missing = len(self.results)
-
-
-@dataclass(eq=False)
 class _Running:
     """A batch in a worker thread, and what gives it up when it takes too long."""
 
-    entries: "list[_Waiting]"
+    entries: list[Waiting]
+    alone: bool
     watchdog: asyncio.TimerHandle
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """One text in the queue. `alone` after its batch failed: it must not fail with the others again."""
-
-    item: Encoded
-    request: _Request
-    position: int
-    tokens: int
-    prompt: bytes
-    alone: bool = False
 
 
 class Engine:
@@ -148,7 +124,7 @@ class Engine:
         self._queue_tokens = queue_tokens
         self._batch_seconds = batch_seconds
         self._on_batch = on_batch
-        self._waiting: dict[_Waiting, None] = {}  # in the order of arrival
+        self._waiting: dict[Waiting, None] = {}  # in the order of arrival
         self._waiting_tokens = 0
         self._running: dict[int, _Running] = {}
         self._batches = 0
@@ -157,7 +133,7 @@ class Engine:
         self._death: str | None = None
         self._hangs = False
         self._failed_at = -math.inf
-        self._inbox: queue.SimpleQueue[tuple[int, list[Encoded]] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[int, list[Encoded], bool] | None] = queue.SimpleQueue()
         self._idle = asyncio.Event()
         self._idle.set()
         self._threads: list[threading.Thread] = []
@@ -200,9 +176,9 @@ class Engine:
         if not items:
             return Reply([], 0.0, 0.0)
         began = time.monotonic()
-        request = _Request([None] * len(items), asyncio.get_running_loop().create_future())
+        request = Request([None] * len(items), asyncio.get_running_loop().create_future())
         for position, item in enumerate(items):
-            entry = _Waiting(item, request, position, _length(item), repr(item.prompt_ids).encode())
+            entry = Waiting(item, request, position, length_of(item), repr(item.prompt_ids).encode())
             self._waiting[entry] = None
             self._waiting_tokens += entry.tokens
         self._next_batches()
@@ -234,7 +210,7 @@ class Engine:
             raise Unavailable("the server is stopping" if self._stopping else "the engine was not started")
         tokens = 0
         for position, item in enumerate(items):
-            length = _length(item)
+            length = length_of(item)
             tokens += length
             if not item.prompt_ids:
                 raise InputError(f"item {position}: the prompt has no tokens, so there is no value before the answer")
@@ -251,12 +227,12 @@ class Engine:
             seconds = self._waiting_tokens / self._rate if self._rate else 1.0
             raise Overloaded(self._waiting_tokens, min(60, int(seconds) + 1))
 
-    def _drop(self, request: _Request) -> None:
+    def _drop(self, request: Request) -> None:
         for entry in [e for e in self._waiting if e.request is request]:
             self._remove(entry)
         self._note_idle()
 
-    def _remove(self, entry: _Waiting) -> None:
+    def _remove(self, entry: Waiting) -> None:
         del self._waiting[entry]
         self._waiting_tokens -= entry.tokens
 
@@ -270,19 +246,20 @@ class Engine:
         """Hands a batch to every worker that has none, as long as something waits."""
         while len(self._running) < self._workers and self._death is None:
             waiting = self._ready()
-            if not waiting:
+            if not waiting or any(batch.alone for batch in self._running.values()):
                 break
-            share = -(-_cost(waiting) // (self._workers - len(self._running)))
-            entries = _choose(waiting, min(max(share, _LEAST_SHARE), self._batch_tokens))
+            share = -(-cost_of(waiting) // self._workers)
+            entries = choose(waiting, min(max(share, _LEAST_SHARE), self._batch_tokens))
             for entry in entries:
                 self._remove(entry)
+            alone = not self._running and not self._waiting
             self._batches += 1
             watchdog = asyncio.get_running_loop().call_later(self._batch_seconds, self._hung)
-            self._running[self._batches] = _Running(entries, watchdog)
-            self._inbox.put((self._batches, [entry.item for entry in entries]))
+            self._running[self._batches] = _Running(entries, alone, watchdog)
+            self._inbox.put((self._batches, [entry.item for entry in entries], alone))
         self._note_idle()
 
-    def _ready(self) -> list[_Waiting]:
+    def _ready(self) -> list[Waiting]:
         """What waits, without the texts whose prompt another batch computes now: after that it need not be computed."""
         if not self._running:
             return list(self._waiting)
@@ -313,16 +290,16 @@ class Engine:
         self._next_batches()
         if self._on_batch is not None:
             cached = 0 if isinstance(outcome, Exception) else sum(scored.cached_tokens for scored in outcome)
-            fill = _cost(batch) / self._batch_tokens
+            fill = cost_of(batch) / self._batch_tokens
             self._on_batch(BatchReport(len(batch), tokens, cached, fill, seconds, isinstance(outcome, Exception)))
 
-    def _fail(self, batch: list[_Waiting], error: Exception) -> None:
+    def _fail(self, batch: list[Waiting], error: Exception) -> None:
         """A text that failed alone fails its request; of several, nobody knows which, so each is tried alone."""
         if len(batch) == 1:
             self._drop(batch[0].request)
             _settle(batch[0].request, self._blame(batch[0], error))
             return
-        again: dict[_Waiting, None] = {}
+        again: dict[Waiting, None] = {}
         for entry in batch:
             if not entry.request.done.done():
                 entry.alone = True
@@ -330,7 +307,7 @@ class Engine:
                 self._waiting_tokens += entry.tokens
         self._waiting = again | self._waiting
 
-    def _blame(self, entry: _Waiting, error: Exception) -> Exception:
+    def _blame(self, entry: Waiting, error: Exception) -> Exception:
         """What a request is told whose text failed alone: the text is at fault only where the backend says so."""
         if isinstance(error, InputError | StageError):
             kind = InputError if isinstance(error, InputError) else StageError
@@ -371,11 +348,11 @@ class Engine:
         reason = "it ended"
         try:
             while (handed := self._inbox.get()) is not None:
-                number, batch = handed
+                number, batch, alone = handed
                 began = time.monotonic()
                 outcome: list[Scored] | Exception
                 try:
-                    outcome = self._backend.score(batch)
+                    outcome = self._backend.score(batch, alone=alone)
                     if len(outcome) != len(batch):
                         outcome = RuntimeError(f"the backend gave {len(outcome)} results for {len(batch)} texts")
                 except Exception as error:
@@ -392,38 +369,7 @@ class Engine:
                 self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _choose(waiting: list[_Waiting], budget: int) -> list[_Waiting]:
-    """The next batch; `waiting` is in the order of arrival, and the first of it is in the batch."""
-    oldest = waiting[0]
-    if oldest.alone:
-        return [oldest]
-    # Nearest in length first, but the texts with the same prompt before all; a stable sort keeps the order of arrival.
-    rest = [e for e in waiting[1:] if not e.alone]
-    rest.sort(key=lambda e: (e.prompt != oldest.prompt, abs(e.tokens - oldest.tokens)))
-    batch, prompts, cost = [oldest], {oldest.prompt}, oldest.tokens
-    for entry in rest:
-        more = len(entry.item.response_ids) if entry.prompt in prompts else entry.tokens
-        if cost + more > budget:
-            break
-        batch.append(entry)
-        prompts.add(entry.prompt)
-        cost += more
-    # The backend sees the texts of one prompt beside one another.
-    first = {prompt: place for place, prompt in reversed(list(enumerate(e.prompt for e in batch)))}
-    return sorted(batch, key=lambda e: first[e.prompt])
-
-
-def _cost(batch: Sequence[_Waiting]) -> int:
-    """Tokens to compute when nothing is cached, every prompt once."""
-    prompts = {entry.prompt: len(entry.item.prompt_ids) for entry in batch}
-    return sum(prompts.values()) + sum(len(entry.item.response_ids) for entry in batch)
-
-
-def _length(item: Encoded) -> int:
-    return len(item.prompt_ids) + len(item.response_ids)
-
-
-def _settle(request: _Request, error: Exception | None) -> None:
+def _settle(request: Request, error: Exception | None) -> None:
     if request.done.done():
         return
     if error is None:

@@ -46,8 +46,11 @@ class Backend(Protocol):
     info: ModelInfo
     workers: int
 
-    def score(self, items: Sequence[Encoded]) -> list[Scored]:
-        """Values of every text, in order. Any company gives the same values (the bound is the backend's to state)."""
+    def score(self, items: Sequence[Encoded], *, alone: bool = True) -> list[Scored]:
+        """Values of every text, in order. Any company gives the same values (the bound is the backend's to state).
+
+        alone: no other call begins before this one ends, so it may use all of the machine.
+        """
         ...
 
     def close(self) -> None:

@@ -2,8 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +15,9 @@ from dvpo.data.templates import Encoded
 from dvpo.errors import InputError, StageError
 from dvpo.models import load_tokenizer
 from dvpo.packed_values import Group, Prefix, can_pack, packed_values
-from dvpo.values import score_all
+from dvpo.values import score_all, unwrapped
 from server.backends import ModelInfo, Scored
+from server.backends.cpu_layers import pack_layers
 from server.loading import identity, load
 
 Dtype = Literal["float32", "bfloat16"]
@@ -96,14 +96,14 @@ class TransformersBackend:
         self._model: Any = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._cores = torch.get_num_threads()
         self.workers = 1 if torch.cuda.is_available() or exact else min(self._cores, _MOST_WORKERS)
-        self._busy = 0
-        self._lock = threading.Lock()
         tokenizer: Any = load_tokenizer(folder)
         self._pad_id: int = tokenizer.pad_token_id
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
+        if not torch.cuda.is_available():
+            pack_layers(unwrapped(self._model).base_model)
         self._packs = can_pack(self._model)
-        self._alone = exact or _scales_with_length(self._model.config)
-        self.cache = PrefixCache(0 if self._alone or not self._packs else cache_bytes)
+        self._one_by_one = exact or _scales_with_length(self._model.config)
+        self.cache = PrefixCache(0 if self._one_by_one or not self._packs else cache_bytes)
         found = identity(folder, tokenizer)
         self._weights = bytes.fromhex(found.weights_sha256)
         form = loaded.form if self._packs else f"{loaded.form}; prompts are not kept, its attention does not allow it"
@@ -111,7 +111,7 @@ class TransformersBackend:
             name, form, found.weights_sha256, found.tokenizer_sha256, dtype, "transformers", found.max_tokens
         )
 
-    def score(self, items: Sequence[Encoded]) -> list[Scored]:
+    def score(self, items: Sequence[Encoded], *, alone: bool = True) -> list[Scored]:
         """Values of every text, in order, in one forward pass: the caller bounds how many tokens that is.
 
         Raises:
@@ -120,24 +120,11 @@ class TransformersBackend:
         """
         for index, item in enumerate(items):
             self._require_known(index, item)
-        with self._share_of_cores():
-            if self._alone:
-                return [scored for item in items for scored in self._score([item])]
-            return self._score(items)
-
-    @contextmanager
-    def _share_of_cores(self) -> Iterator[None]:
-        """The calling thread computes on as many cores as the other calls leave to it."""
-        with self._lock:
-            self._busy += 1
-            share = max(1, self._cores // self._busy)
-        try:
-            if self.workers > 1:
-                torch.set_num_threads(share)  # of this thread alone
-            yield
-        finally:
-            with self._lock:
-                self._busy -= 1
+        if self.workers > 1:
+            torch.set_num_threads(self._cores if alone else max(1, self._cores // self.workers))  # of this thread only
+        if self._one_by_one:
+            return [scored for item in items for scored in self._score([item])]
+        return self._score(items)
 
     def close(self) -> None:
         """Frees the model and what was kept."""

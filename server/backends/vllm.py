@@ -83,8 +83,8 @@ class VllmBackend:
         limit = min(found.max_tokens, self._engine.model_config.max_model_len)
         self.info = ModelInfo(name, form, found.weights_sha256, found.tokenizer_sha256, dtype, "vllm", limit)
 
-    def score(self, items: Sequence[Encoded]) -> list[Scored]:
-        """Values of every text, in order.
+    def score(self, items: Sequence[Encoded], *, alone: bool = True) -> list[Scored]:
+        """Values of every text, in order. `alone` makes no difference here.
 
         Raises:
             StageError: vLLM failed on a text, or a value is not finite; the message names the text by its place.

@@ -439,6 +439,24 @@ class TestModels:
         assert document["accuracy"]["chance"]["accuracy"] == 0.5
         assert document["accuracy"]["longer wins"]["accuracy"] == 1.0
 
+    def test_evaluate_pairwise_under_another_answer_of_the_policy(
+        self, command: Any, folders: dict[str, Path], tmp_path: Path
+    ) -> None:
+        from dvpo import models
+
+        said = {"a": "yes , it is .", "b": "no ."}
+        rows = [
+            {"prompt": p, "completions": [{"model": m, "response": r, "score": len(r)} for m, r in said.items()]}
+            for p in ("is it far ?", "is it near ?")
+        ]
+        data = write_rows(tmp_path / "grouped.jsonl", *rows)
+        asked = ("evaluate", "pairwise", "--model", folders["value"], "--data", data, "--max-prompt-tokens")
+        room = len(models.load_tokenizer(folders["value"])("is it near ?")["input_ids"]) + 8
+        assert json.loads(command(*asked, str(room), "--json").out)["pairs"] == 2
+        refused(command(*asked, str(room), "--trajectory-k", "1"), "over the limit")
+        found = json.loads(command(*asked, "400", "--trajectory-k", "1", "--bf16", "--json").out)
+        assert (found["pairs"], found["trajectory_k"], found["bf16"]) == (2, 1, True)
+
     def test_evaluate_credit(self, command: Any, tmp_path: Path) -> None:
         import torch
 

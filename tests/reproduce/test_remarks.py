@@ -45,8 +45,8 @@ def test_the_words_of_a_question_are_no_remarks() -> None:
         def __call__(self, input_ids: torch.Tensor) -> Any:
             found = super().__call__(input_ids)
             found.logits[..., :] = 0.0
-            all_id, and_id = tokenizer.convert_tokens_to_ids(["all", "and"])
-            found.logits[0, :, all_id] = -1.0  # of the shorter text, whose remark is "and"
+            # The first is the shorter text, whose remark is "and".
+            found.logits[0, :, tokenizer.convert_tokens_to_ids("all")] = -1.0
             seen.append(len(input_ids))
             return found
 

@@ -36,12 +36,12 @@ class Gated:
         self.seen: list[Encoded] = []
         self.error: BaseException | None = None
 
-    def score(self, items: Sequence[Encoded]) -> list[Scored]:
+    def score(self, items: Sequence[Encoded], *, alone: bool = True) -> list[Scored]:
         self.seen += items
         assert self.open.wait(60)
         if self.error is not None:
             raise self.error
-        found: list[Scored] = self.inner.score(items)
+        found: list[Scored] = self.inner.score(items, alone=alone)
         return found
 
     def close(self) -> None:

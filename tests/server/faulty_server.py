@@ -32,7 +32,7 @@ class Faulty(TransformersBackend):
 
     calls = 0
 
-    def score(self, items: Sequence[Encoded]) -> list[Scored]:
+    def score(self, items: Sequence[Encoded], *, alone: bool = True) -> list[Scored]:
         """The values, or the fault."""
         now, self.calls = mode.read_text(), self.calls + 1
         if now == "raise" or (now == "sometimes" and self.calls % 2):

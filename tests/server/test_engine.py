@@ -25,13 +25,15 @@ class Fake:
     def __init__(self, max_tokens: int = 1000) -> None:
         self.info = ModelInfo("gvm", "fake", "0", "0", "float32", "fake", max_tokens)
         self.batches: list[list[Encoded]] = []
+        self.alone: list[bool] = []
         self.gate = threading.Event()
         self.gate.set()
         self.action: Callable[[], None] | None = None
         self.closed = False
 
-    def score(self, items: Sequence[Encoded]) -> list[Scored]:
+    def score(self, items: Sequence[Encoded], *, alone: bool = True) -> list[Scored]:
         self.batches.append(list(items))
+        self.alone.append(alone)
         assert self.gate.wait(20)
         if self.action:
             self.action()
@@ -222,7 +224,7 @@ def test_a_bad_text_fails_alone() -> None:
 
 def test_a_backend_that_loses_results_is_an_error() -> None:
     backend = Fake()
-    backend.score = lambda items: []  # type: ignore[method-assign]
+    backend.score = lambda items, alone: []  # type: ignore[method-assign]
 
     async def work(engine: Engine) -> None:
         with pytest.raises(Unavailable, match="the model failed"):
@@ -301,42 +303,49 @@ def test_workers_take_a_fair_share_each_and_run_at_the_same_time() -> None:
 
     async def work(engine: Engine) -> None:
         backend.gate.clear()
-        first = asyncio.ensure_future(engine.submit([item([0])]))
-        await until(lambda: len(backend.batches) == 1)
-        task = asyncio.ensure_future(engine.submit([item([i] * 299) for i in range(8)]))
-        await until(lambda: len(backend.batches) == 3)
-        assert engine.stats().running_items == 9 and engine.stats().waiting_items == 0
+        task = asyncio.ensure_future(engine.submit([item([i] * 499) for i in range(9)]))
+        await until(lambda: len(backend.batches) == 2)
+        assert engine.stats().running_items == 7 and engine.stats().waiting_items == 2
         backend.gate.set()
-        await first
-        assert [s.values_S[1] for s in (await task).scored] == list(range(8))
+        assert [s.values_S[1] for s in (await task).scored] == list(range(9))
 
-    run(work, backend, workers=3, batch_tokens=4096)
-    assert [len(batch) for batch in backend.batches] == [1, 4, 4]
+    run(work, backend, workers=2, batch_tokens=4096)
+    # 4,500 tokens wait: half of them for the first. Of the rest, the least that a worker gets.
+    assert [len(batch) for batch in backend.batches[:3]] == [4, 3, 2]
+    assert not any(backend.alone[:2])
 
 
-def test_little_work_is_not_spread_thinly() -> None:
-    backend = Fake()
+def test_what_fits_one_batch_has_the_machine_for_itself() -> None:
+    backend = Fake(max_tokens=3000)
 
     async def work(engine: Engine) -> None:
-        await engine.submit([item([i] * 50) for i in range(8)])
+        backend.gate.clear()
+        tasks = [asyncio.ensure_future(engine.submit([item([i] * 50) for i in range(8)]))]
+        await until(lambda: len(backend.batches) == 1)
+        tasks.append(asyncio.ensure_future(engine.submit([item([1] * 2000), item([2] * 2000)])))
+        await asyncio.sleep(0.05)
+        assert len(backend.batches) == 1
+        backend.gate.set()
+        await asyncio.gather(*tasks)
 
     run(work, backend, workers=4)
-    assert [len(batch) for batch in backend.batches] == [8]
+    assert [len(batch) for batch in backend.batches] == [8, 1, 1]
+    assert backend.alone == [True, False, False]
 
 
-@pytest.mark.parametrize(("prompt_tokens", "batches"), [(100, 1), (10, 2)])
+@pytest.mark.parametrize(("prompt_tokens", "batches"), [(1000, 1), (10, 2)])
 def test_a_text_waits_for_a_long_prompt_that_is_computed_now(prompt_tokens: int, batches: int) -> None:
-    backend = Fake()
+    backend = Fake(max_tokens=3000)
 
     async def work(engine: Engine) -> None:
         backend.gate.clear()
         prompt = [3] * prompt_tokens
-        tasks = [asyncio.ensure_future(engine.submit([item([i], prompt)])) for i in range(2)]
+        task = asyncio.ensure_future(engine.submit([item([i] * 1500, prompt) for i in range(2)]))
         await until(lambda: len(backend.batches) == batches)
         await asyncio.sleep(0.05)
         assert len(backend.batches) == batches
         backend.gate.set()
-        await asyncio.gather(*tasks)
+        await task
 
     run(work, backend, workers=2)
     assert len(backend.batches) == 2
@@ -347,8 +356,8 @@ def test_when_one_of_several_workers_dies_all_are_told() -> None:
 
     async def work(engine: Engine) -> None:
         backend.gate.clear()
-        tasks = [asyncio.ensure_future(engine.submit([item([i] * 600)])) for i in range(2)]
-        await until(lambda: len(backend.batches) == 2)
+        tasks = [asyncio.ensure_future(engine.submit([item([i] * 900)])) for i in range(2)]
+        await until(lambda: len(backend.batches) == 1)
         tasks.append(asyncio.ensure_future(engine.submit([item([5])])))
         await asyncio.sleep(0)
         backend.action = die
