@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dvpo.data.formats import read
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "policies_apart.py"
@@ -38,5 +40,5 @@ def test_prompts_and_policies_are_apart_and_scores_are_ranks(tmp_path: Path) -> 
         scores = [raw[example.prompt[-1]["content"], r.policy or ""] for r in example.responses]
         for i, j in example.preferences:
             assert scores[i] > scores[j]
-        assert sum(r.score or 0.0 for r in example.responses) == 0.0
+        assert sum(r.score or 0.0 for r in example.responses) == pytest.approx(0)
         assert all(-1 <= (r.score or 0.0) <= 1 for r in example.responses)
