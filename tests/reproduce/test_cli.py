@@ -453,7 +453,7 @@ class TestModels:
         asked = ("evaluate", "pairwise", "--model", folders["value"], "--data", data, "--max-prompt-tokens")
         room = len(models.load_tokenizer(folders["value"])("is it near ?")["input_ids"]) + 8
         assert json.loads(command(*asked, str(room), "--json").out)["pairs"] == 2
-        refused(command(*asked, str(room), "--trajectory-k", "1"), "over the limit")
+        refused(command(*asked, str(room), "--trajectory-k", "1"), "over the length limit")
         found = json.loads(command(*asked, "400", "--trajectory-k", "1", "--bf16", "--json").out)
         assert (found["pairs"], found["trajectory_k"], found["bf16"]) == (2, 1, True)
 
