@@ -92,7 +92,7 @@ COPY --from=code /data /data
 # hadolint ignore=DL3064
 ENV PATH=/opt/venv/bin:$PATH HOME=/data USER=dvpo LOGNAME=dvpo PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/data/models XDG_CACHE_HOME=/data/cache MPLCONFIGDIR=/data/cache/matplotlib \
-    TORCHINDUCTOR_CACHE_DIR=/data/cache/inductor TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+    TORCHINDUCTOR_CACHE_DIR=/data/cache/inductor TOKENIZERS_PARALLELISM=false
 RUN --mount=type=cache,target=/root/.cache/pip,id=pip-cpu pip install --no-deps --no-build-isolation -e /app \
     && python /app/container/packages.py > /app/packages.json
 WORKDIR /data
