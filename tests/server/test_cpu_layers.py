@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from server.backends.cpu_layers import PackedGatedMlp, PackedLinear, pack_layers
@@ -41,9 +40,9 @@ def test_values_are_those_of_the_plain_layers(shape, activation: str, gated: typ
     assert type(packed.q_proj) is type(packed.biased) is PackedLinear and type(packed.mlp) is gated
     assert type(packed.norm) is nn.LayerNorm
     x = torch.randn(shape, dtype=dtype)
-    allowed = 1e-6 if dtype == torch.float32 else 0.02
-    assert ACT2FN[activation] is not None
-    assert (packed(x) - plain(x)).abs().max() <= allowed
+    expected = plain(x)
+    allowed = 2e-6 if dtype == torch.float32 else 0.02
+    assert (packed(x) - expected).norm() <= allowed * expected.norm()
 
 
 def test_weights_are_no_parameters_any_more() -> None:
