@@ -4,6 +4,7 @@ On a core with AVX-512 a layer of 576 x 1536 in float32 computes 109 instead of 
 layers (gate, up, down) also get their activation and product done while a result is still in the cache.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 _ROWS = 2048
 """Tokens of a usual batch: oneDNN chooses the layout for it, and takes any number."""
+_KEPT_KERNELS = "32"
+"""oneDNN makes a kernel for every number of tokens, in milliseconds, and keeps 1,024 of up to a megabyte by default."""
 
 
 class PackedLinear(nn.Module):
@@ -49,6 +52,8 @@ def pack_layers(body: nn.Module) -> None:
     """Changes the linear layers inside `body` in place, where this machine has oneDNN. Only for inference on a CPU."""
     if not torch.backends.mkldnn.is_available():
         return
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _KEPT_KERNELS)
     for module in list(body.modules()):
         for name, child in list(module.named_children()):
             if _is_gated_mlp(child):
