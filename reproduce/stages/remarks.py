@@ -37,7 +37,7 @@ def remark_auroc(model: Any, tokenizer: Any, texts: Sequence[str], good: str, ba
         logits_B_T_V = model(input_ids=ids_B_T).logits[:, :-1]
         leaning_B_T = logits_B_T_V[..., good_id] - logits_B_T_V[..., bad_id]
         next_B_T = ids_B_T[:, 1:]
-        # In a question the words may stand for something else; a lesson has no question.
+        # In a question the words may stand for something else.
         asks_B_T = (ids_B_T == answer_id).flip(1).cumsum(1).flip(1)[:, 1:] > 0
         remarked_B_T = ((next_B_T == good_id) | (next_B_T == bad_id)) & ~asks_B_T
         leanings += leaning_B_T[remarked_B_T].tolist()
