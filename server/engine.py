@@ -279,7 +279,7 @@ class Engine:
         if isinstance(outcome, Exception):
             self._fail(batch, outcome)
         else:
-            rate = self._workers * tokens / max(seconds, 1e-6)
+            rate = (1 if running.alone else self._workers) * tokens / max(seconds, 1e-6)
             self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
             self._failed_at = -math.inf
             for entry, scored in zip(batch, outcome, strict=True):
