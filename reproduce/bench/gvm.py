@@ -138,6 +138,7 @@ def _train(turns: Turns, work: Work, train: Any) -> None:
             self.tokens = self.computed = 0
 
         def on_train_begin(self, *_: Any, model: Any, **others: Any) -> None:
+            self.pad_id = model.config.get_text_config().pad_token_id
             model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
             turns.start_clock()
 
@@ -150,7 +151,9 @@ def _train(turns: Turns, work: Work, train: Any) -> None:
         def _count(self, module: Any, inputs: Any, named: dict[str, Any]) -> None:
             ids = named["input_ids"] if "input_ids" in named else inputs[0]
             self.computed += ids.numel()
-            self.tokens += int(named["attention_mask"].sum())
+            mask = named.get("attention_mask")
+            # Our trainer gives a causal model no mask; its padding token stands nowhere else.
+            self.tokens += int((ids != self.pad_id if mask is None else mask).sum())
 
     # What both trainers build on takes its callbacks from here; neither function has a way in for them.
     trainer.DEFAULT_CALLBACKS.append(Steps)
