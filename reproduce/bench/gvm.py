@@ -131,14 +131,16 @@ def _train(turns: Turns, work: Work, train: Any) -> None:
     """Trains, with every `steps` optimiser steps as a turn."""
     from transformers import TrainerCallback, trainer
 
+    from dvpo.models import load_tokenizer
+
     class Steps(TrainerCallback):
         """Also counts what goes through the model."""
 
         def __init__(self) -> None:
             self.tokens = self.computed = 0
+            self.pad_id: Any = load_tokenizer(work.start).pad_token_id  # not always the model's own
 
         def on_train_begin(self, *_: Any, model: Any, **others: Any) -> None:
-            self.pad_id = model.config.get_text_config().pad_token_id
             model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
             turns.start_clock()
 
