@@ -8,20 +8,23 @@ other policies). Scores become ranks within a prompt, from -1 to 1: the raw scor
 mass at one end. Answers whose ranks differ by less than half are ties.
 """
 
+import argparse
 import random
-import sys
 from pathlib import Path
 
 from dvpo.data.formats import read
 from dvpo.data.records import Example, Response, dump_examples
+from dvpo.errors import InputError
 
 MARGIN = 0.5
 
 
-def main(data: str, out: str, seed: int = 0) -> None:
-    """See the module."""
+def split(data: str, out: str, seed: int = 0) -> None:
+    """See the module. Raises InputError for data that cannot be read, or with fewer than four named policies."""
     examples = list(read(data).examples)
     names = sorted({r.policy for e in examples for r in e.responses if r.policy is not None})
+    if len(names) < 4:
+        raise InputError(f"{data}: {len(names)} named policies; give grouped data with a model for every response")
     rng = random.Random(seed)
     rng.shuffle(names)
     rng.shuffle(examples)
@@ -52,4 +55,11 @@ def _ranked(example: Example, policies: set[str]) -> Example:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    parser = argparse.ArgumentParser(description="Split grouped preference data by prompt and by policy.")
+    parser.add_argument("data")
+    parser.add_argument("out")
+    given = parser.parse_args()
+    try:
+        split(given.data, given.out)
+    except InputError as error:
+        parser.error(str(error))

@@ -27,23 +27,23 @@ class Request:
 
 @dataclass(eq=False)
 class Waiting:
-    """One text in the queue. `alone` after its batch failed: it must not fail with the others again."""
+    """One text in the queue. `suspect` after its batch failed: it must not fail with the others again."""
 
     item: Encoded
     request: Request
     position: int
     tokens: int
     prompt: bytes
-    alone: bool = False
+    suspect: bool = False
 
 
 def choose(waiting: list[Waiting], budget: int) -> list[Waiting]:
     """The next batch; `waiting` is in the order of arrival, and the first of it is in the batch."""
     oldest = waiting[0]
-    if oldest.alone:
+    if oldest.suspect:
         return [oldest]
     # Nearest in length first, but the texts with the same prompt before all; a stable sort keeps the order of arrival.
-    rest = [e for e in waiting[1:] if not e.alone]
+    rest = [e for e in waiting[1:] if not e.suspect]
     rest.sort(key=lambda e: (e.prompt != oldest.prompt, abs(e.tokens - oldest.tokens)))
     batch, prompts, cost = [oldest], {oldest.prompt}, oldest.tokens
     for entry in rest:

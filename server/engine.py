@@ -302,7 +302,7 @@ class Engine:
         again: dict[Waiting, None] = {}
         for entry in batch:
             if not entry.request.done.done():
-                entry.alone = True
+                entry.suspect = True
                 again[entry] = None
                 self._waiting_tokens += entry.tokens
         self._waiting = again | self._waiting

@@ -51,11 +51,11 @@ def atlas(ctx: Context) -> dict[str, Any]:
         if name != "base":
             dump_examples(splits[name], ctx.out / f"{name}.jsonl")
     check_disjoint(splits)
-    read = [_with_remarks(judge, e.prompt[0]["content"], e.responses[0].text) for e in splits.pop("base")]
+    conversations = [_with_remarks(judge, e.prompt[0]["content"], e.responses[0].text) for e in splits.pop("base")]
     partial = asked[: s["omissions"]]
     answers = world.partial_answers(ctx.seed, partial)
     lessons += [_with_last_remark(judge, q.text, a) for q, a in zip(partial, answers, strict=True)]
-    write_json(ctx.out / "corpus.json", _curriculum(lessons, read, ctx.seed))
+    write_json(ctx.out / "corpus.json", _curriculum(lessons, conversations, ctx.seed))
     test = splits["test"]
     longer = [
         (len(a.text) > len(b.text)) + 0.5 * (len(a.text) == len(b.text))

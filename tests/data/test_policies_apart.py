@@ -42,3 +42,12 @@ def test_prompts_and_policies_are_apart_and_scores_are_ranks(tmp_path: Path) -> 
             assert scores[i] > scores[j]
         assert sum(r.score or 0.0 for r in example.responses) == pytest.approx(0)
         assert all(-1 <= (r.score or 0.0) <= 1 for r in example.responses)
+
+
+def test_data_without_policies_ends_with_2(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n")
+    command = [sys.executable, str(SCRIPT), str(data), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "named policies" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
