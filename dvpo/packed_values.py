@@ -8,11 +8,13 @@ used again. Only models whose attention is plain causal attention can do this; `
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from dvpo.data.templates import Encoded
@@ -74,6 +76,23 @@ class _Packing:
     keep: dict[int, slice] = field(default_factory=dict)
     kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    together: "_Together | None" = None
+
+
+@dataclass(frozen=True)
+class _Together:
+    """All segments of a row for one call of an attention that takes texts of many lengths.
+
+    prefixes: the kept prompts, whose keys stand behind those of the row. keys_K: the places of every segment's keys
+    there, one segment behind the other. queries_G1, keys_G1: where each of G segments begins, and the last one's end.
+    """
+
+    prefixes: list[Prefix]
+    keys_K: Tensor
+    queries_G1: Tensor
+    keys_G1: Tensor
+    most_queries: int
+    most_keys: int
 
 
 @torch.inference_mode()
@@ -237,6 +256,8 @@ def _attention(
     for index, place in packing.keep.items():
         pair = (key[:, :, place].clone(), value[:, :, place].clone())
         packing.kept.setdefault(index, []).append(pair)
+    if _takes_varlen(query):
+        return _attend_together(query, key, value, scaling, packing, module.layer_idx), None
     for segment in packing.segments:
         place = slice(segment.start, segment.stop)
         keys, values = key[:, :, place], value[:, :, place]
@@ -255,6 +276,72 @@ def _attention(
             attended = _attend(query[:, :, start:stop], keys[:, :, seen], values[:, :, seen], scaling, packing.masks)
             output[:, start:stop] = attended.transpose(1, 2)
     return output, None
+
+
+def _takes_varlen(query: Tensor) -> bool:
+    """Whether there is an attention over texts of many lengths: on GPUs, in half precision."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _attend_together(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: _Packing, layer: int
+) -> Tensor:
+    """`_attention` of all segments in one call. [1, N, heads, D].
+
+    The last token of a segment's queries is the last of its keys, which is how `varlen_attn` aligns the two.
+    """
+    plan = packing.together = packing.together or _lay_out(packing, query)
+    copies = query.shape[1] // key.shape[1]
+
+    def rows(of: Tensor, which: int) -> Tensor:
+        whole = torch.cat([of, *(prefix.layers[layer][which] for prefix in plan.prefixes)], 2)
+        return whole[0, :, plan.keys_K].repeat_interleave(copies, 0).transpose(0, 1).contiguous()
+
+    return varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        rows(key, 0),
+        rows(value, 1),
+        plan.queries_G1,
+        plan.keys_G1,
+        plan.most_queries,
+        plan.most_keys,
+        scale=scaling,
+        window_size=(-1, 0),
+    )[None]  # type: ignore[index]  # no second result was asked for
+
+
+def _lay_out(packing: _Packing, row: Tensor) -> _Together:
+    """The plan that serves all layers; `row` is a tensor [1, heads, N, D] of the row."""
+    prefixes: dict[int, tuple[int, Prefix]] = {}  # where each kept prompt's keys begin
+    end = row.shape[2]
+    places: list[int] = []
+    queries, keys = [0], [0]
+    for segment in packing.segments:
+        before = segment.before
+        if isinstance(before, Prefix):
+            length = before.layers[0][0].shape[2]
+            if id(before) not in prefixes:
+                prefixes[id(before)] = (end, before)
+                end += length
+            begin = prefixes[id(before)][0]
+            places += range(begin, begin + length)
+        elif before is not None:
+            places += range(before.start, before.stop)
+        places += range(segment.start, segment.stop)
+        queries.append(segment.stop)
+        keys.append(len(places))
+
+    def longest(ends: list[int]) -> int:
+        return max(b - a for a, b in pairwise(ends))
+
+    return _Together(
+        [prefix for _, prefix in prefixes.values()],
+        torch.tensor(places, device=row.device),
+        torch.tensor(queries, dtype=torch.int32, device=row.device),
+        torch.tensor(keys, dtype=torch.int32, device=row.device),
+        longest(queries),
+        longest(keys),
+    )
 
 
 def _attend(

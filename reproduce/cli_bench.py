@@ -41,6 +41,7 @@ def bench_gvm(
     data: Annotated[str, typer.Option(metavar="PATH", help="Preference data.")],
     against: Annotated[str | None, typer.Option(metavar="NAME", help="trl: its RewardTrainer.")] = None,
     dtype: Dtype = "bfloat16",
+    batch_pairs: Annotated[int, typer.Option(metavar="N", min=2, help="Pairs in an optimiser step.")] = 4,
     rounds: Rounds = 3,
     as_json: Json = False,
 ) -> None:
@@ -50,7 +51,7 @@ def bench_gvm(
     """
     from reproduce.commands import bench
 
-    bench.gvm(model, data, against, dtype, rounds, as_json)
+    bench.gvm(model, data, against, dtype, batch_pairs, rounds, as_json)
 
 
 @bench_app.command("policy")
@@ -61,6 +62,8 @@ def bench_policy(
     prompts: Annotated[str, typer.Option(metavar="PATH", help="Data whose prompts are answered.")],
     against: Annotated[str | None, typer.Option(metavar="NAME", help="trl: its GRPOTrainer.")] = None,
     dtype: Dtype = "bfloat16",
+    prompts_per_update: Annotated[int, typer.Option(metavar="N", min=2, help="Prompts of an update.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest response.")] = 48,
     rounds: Rounds = 3,
     as_json: Json = False,
 ) -> None:
@@ -70,7 +73,9 @@ def bench_policy(
     """
     from reproduce.commands import bench
 
-    bench.policy(start, gvm, reward, prompts, against, dtype, rounds, as_json)
+    bench.policy(
+        start, gvm, reward, prompts, against, dtype, prompts_per_update, max_new_tokens, rounds, as_json
+    )
 
 
 @bench_app.command("growth")

@@ -65,7 +65,8 @@ class Bare(Target):
         from dvpo.models import load_tokenizer
         from server.loading import load
 
-        self._model = load(folder, getattr(torch, dtype)).model
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = load(folder, getattr(torch, dtype)).model.to(self._device)
         self._pad_id: Any = load_tokenizer(folder).pad_token_id
 
     def run(self, workload: Workload) -> tuple[float, list[Values]]:
@@ -81,7 +82,8 @@ class Bare(Target):
         for start in range(0, len(order), _BARE_ROWS):
             chosen = order[start : start + _BARE_ROWS]
             with torch.inference_mode():
-                values_B_S = token_values(self._model, collate([texts[i] for i in chosen], self._pad_id)).numpy()
+                batch = collate([texts[i] for i in chosen], self._pad_id).to(self._device)
+                values_B_S = token_values(self._model, batch).cpu().numpy()
             for row, i in enumerate(chosen):
                 values[i] = values_B_S[row, 1 : len(texts[i].response_ids) + 1]
         return time.monotonic() - began, values

@@ -330,6 +330,8 @@ class OnlineTrainer:
     def _timed(self, phase: str) -> Any:
         start = time.perf_counter()
         yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
 
     def _autocast(self) -> torch.autocast:

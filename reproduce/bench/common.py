@@ -27,8 +27,9 @@ Row = dict[str, float]
 class Turns:
     """A measured process's side of the turns.
 
-    `memory_mb` is the process's highest resident memory so far, less what it held before the job built its models:
-    weights, gradients, optimiser state, activations and the libraries' own buffers, in main memory (not a GPU's).
+    `memory_mb` is the process's highest memory so far, less what it held before the job built its models: weights,
+    gradients, optimiser state and activations. On a GPU it is what torch allocated there; without one it is resident
+    memory, the libraries' own buffers included.
     """
 
     def __init__(self, parent: Connection) -> None:
@@ -40,8 +41,8 @@ class Turns:
         gc.collect()
         self._parent.send("ready")
         self._parent.recv()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        self._before = _kilobytes("VmRSS")
+        _reset_peak()
+        self._before = _held_mb()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -50,9 +51,9 @@ class Turns:
 
     def end(self, **facts: float) -> None:
         """Reports a turn and waits for the next one. Raises EOFError where there is none."""
+        finish()
         seconds = time.perf_counter() - self._began
-        memory = (_kilobytes("VmHWM") - self._before) / 1024
-        self._parent.send({"seconds": seconds, "memory_mb": memory, **facts})
+        self._parent.send({"seconds": seconds, "memory_mb": _peak_mb() - self._before, **facts})
         self._parent.recv()
         self.start_clock()
 
@@ -148,6 +149,36 @@ def _answer(name: str, worker: Connection) -> Any:
     if isinstance(answer, Exception):
         raise answer
     return answer
+
+
+def finish() -> None:
+    """Waits until a GPU has done what it was given: only then does a clock on this side say anything."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _reset_peak() -> None:
+    """The peak starts again from here."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _held_mb() -> float:
+    import torch
+
+    return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else _kilobytes("VmRSS") / 1024
+
+
+def _peak_mb() -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _kilobytes("VmHWM") / 1024
 
 
 def _kilobytes(field: str) -> int:

@@ -17,7 +17,6 @@ from reproduce.bench.common import Job, Row, Turns, column, in_turns, load_libra
 
 PAIRS = 64
 BATCH_PAIRS = 4
-MICRO_PAIRS = 2
 STEPS = 4
 """Optimiser steps in a turn: the warm-up and three turns go through all pairs once."""
 MAX_PROMPT_TOKENS = 256
@@ -32,18 +31,23 @@ class Work:
     pairs: list[EncodedPair]
     bf16: bool
     batch_pairs: int = BATCH_PAIRS
-    micro_pairs: int = MICRO_PAIRS
+    micro_pairs: int = BATCH_PAIRS // 2
     steps: int = STEPS
 
 
-def measure(start: Path, data: str, against: str | None, bf16: bool, rounds: int) -> dict[str, Any]:
+def measure(
+    start: Path, data: str, against: str | None, bf16: bool, rounds: int, batch_pairs: int = BATCH_PAIRS
+) -> dict[str, Any]:
     """Tokens per second and peak memory; see `document`.
 
     Raises:
-        InputError: no usable model or data.
+        InputError: no usable model or data, or a batch that cannot be halved.
         StageError: a measured process died.
     """
-    work = Work(start, read_pairs(start, data, PAIRS), bf16)
+    if batch_pairs % 2:
+        raise InputError(f"--batch-pairs {batch_pairs}: a batch is two micro-batches; name an even number")
+    pairs = read_pairs(start, data, max(PAIRS, STEPS * batch_pairs))
+    work = Work(start, pairs, bf16, batch_pairs, batch_pairs // 2)
     jobs = {"ours": Job(train_ours, (work,))}
     if against is not None:
         jobs[against] = Job(train_trl, (work,))

@@ -1,6 +1,6 @@
 """The online methods beside one another, and our GRPO beside TRL's GRPOTrainer, on the same prompts.
 
-A turn is one update: the same `PROMPTS` prompts are answered, the frozen models judge the answers, and every mini-batch
+A turn is one update: the same prompts are answered, the frozen models judge the answers, and every mini-batch
 is one optimiser step. Phases, in seconds per update: `generate`; of the judging `reference` (its log-probabilities),
 `old` (the policy's own), `value` (DVPO's value model, or the reward model), `critic` (PPO's) and `other`, what is left;
 of the learning `forward` (policy and critic), `optimiser` and `backward`, what is left.
@@ -18,7 +18,7 @@ from typing import Any
 from dvpo.config import PolicySettings
 from dvpo.data.records import Message
 from dvpo.errors import InputError
-from reproduce.bench.common import Job, Row, Turns, column, in_turns, load_libraries, machine, peak, ratio, spread
+from reproduce.bench.common import Job, Row, Turns, column, finish, in_turns, load_libraries, machine, peak, ratio, spread
 
 PROMPTS = 4
 STEPS = 2
@@ -33,8 +33,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "remax": {"name": "remax"},
     "grpo": {"name": "grpo", "group_size": GROUP},
 }
-MICRO_RESPONSES = 10
-"""Responses in one forward and backward pass at most: the mini-batch of a group method."""
 _BETA = 0.05
 
 
@@ -49,6 +47,11 @@ class Work:
     bf16: bool
     max_new_tokens: int = MAX_NEW_TOKENS
 
+    @property
+    def micro_responses(self) -> int:
+        """Responses in one forward and backward pass at most: the mini-batch of a group method."""
+        return len(self.prompts) // STEPS * GROUP
+
     def settings(self, method: str) -> PolicySettings:
         """The settings of one of ours; its distance to the reference is a loss term, as TRL's is."""
         return PolicySettings(
@@ -57,7 +60,7 @@ class Work:
             updates=1_000_000,
             prompts_per_update=len(self.prompts),
             minibatch_size=len(self.prompts) // STEPS,
-            micro_batch_size=MICRO_RESPONSES,
+            micro_batch_size=self.micro_responses,
             epochs=EPOCHS,
             max_prompt_tokens=MAX_PROMPT_TOKENS,
             max_new_tokens=self.max_new_tokens,
@@ -67,16 +70,19 @@ class Work:
 
 
 def measure(
-    start: Path, gvm: Path, reward: Path, prompts: str, against: str | None, bf16: bool, rounds: int
-) -> dict[str, Any]:
+    start: Path, gvm: Path, reward: Path, prompts: str, against: str | None, bf16: bool, rounds: int,
+    count: int = PROMPTS, max_new_tokens: int = MAX_NEW_TOKENS,
+) -> dict[str, Any]:  # fmt: skip
     """Seconds per update and peak memory; see `document`. `against` is None for our four methods, or `trl`: then our
     GRPO and TRL's are measured, alone.
 
     Raises:
-        InputError: no usable model or prompts.
+        InputError: no usable model or prompts, or a count of prompts that the steps cannot share.
         StageError: a measured process died.
     """
-    work = Work(start, gvm, reward, read_prompts(start, prompts), bf16)
+    if count % STEPS:
+        raise InputError(f"--prompts-per-update {count}: an update has {STEPS} steps; name a multiple of {STEPS}")
+    work = Work(start, gvm, reward, read_prompts(start, prompts, count), bf16, max_new_tokens)
     if against is None:
         jobs = {name: Job(update_ours, (work, name)) for name in METHODS}
     else:
@@ -84,8 +90,8 @@ def measure(
     return document(work, in_turns(jobs, rounds))
 
 
-def read_prompts(start: Path, source: str) -> list[tuple[Message, ...]]:
-    """The first `PROMPTS` prompts within the length limit: every update of every method answers these."""
+def read_prompts(start: Path, source: str, count: int = PROMPTS) -> list[tuple[Message, ...]]:
+    """The first `count` prompts within the length limit: every update of every method answers these."""
     from dvpo.data.formats import read
     from dvpo.data.templates import encode_prompt
     from dvpo.models import load_tokenizer
@@ -95,9 +101,9 @@ def read_prompts(start: Path, source: str) -> list[tuple[Message, ...]]:
     for example in read(source).examples:
         if len(encode_prompt(tokenizer, example.prompt)) <= MAX_PROMPT_TOKENS:
             found.append(example.prompt)
-        if len(found) == PROMPTS:
+        if len(found) == count:
             return found
-    raise InputError(f"{source}: only {len(found)} prompts of at most {MAX_PROMPT_TOKENS} tokens; {PROMPTS} are needed")
+    raise InputError(f"{source}: only {len(found)} prompts of at most {MAX_PROMPT_TOKENS} tokens; {count} are needed")
 
 
 def document(work: Work, rows: dict[str, list[Row]]) -> dict[str, Any]:
@@ -186,6 +192,7 @@ class Stopwatch:
 
     def _start(self) -> None:
         if self._depth == 0:
+            finish()
             self._began = time.perf_counter()
         self._depth += 1
 
@@ -194,6 +201,7 @@ class Stopwatch:
 
         self._depth -= 1
         if self._depth == 0 and name is not None:
+            finish()
             learning = torch.is_grad_enabled() and name != "optimiser"
             self._seconds[f"{name}, learning" if learning else name] += time.perf_counter() - self._began
 
@@ -266,13 +274,11 @@ def _grpo_config(make: Any, work: Work, folder: str) -> Any:
     import torch
 
     responses = len(work.prompts) * GROUP
-    micro = min(MICRO_RESPONSES, responses // STEPS)
     return make(
         output_dir=folder,
         learning_rate=1e-6,
         lr_scheduler_type="constant",
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=responses // STEPS // micro,
+        per_device_train_batch_size=work.micro_responses,
         generation_batch_size=responses,
         num_generations=GROUP,
         num_iterations=EPOCHS,

@@ -36,7 +36,9 @@ def server(
         print(_text(result))
 
 
-def gvm(model: Path, data: str, against: str | None, dtype: str, rounds: int, as_json: bool) -> None:
+def gvm(
+    model: Path, data: str, against: str | None, dtype: str, batch_pairs: int, rounds: int, as_json: bool
+) -> None:
     """Runs the comparison and prints it. Raises InputError for wrong options and StageError where a process dies."""
     _prepare()
     _require_trl(against)
@@ -44,8 +46,9 @@ def gvm(model: Path, data: str, against: str | None, dtype: str, rounds: int, as
     require_checkpoint(str(model))
     from reproduce.bench import gvm as bench
 
-    result = bench.measure(model, data, against, dtype == "bfloat16", rounds)
-    result["command"] = _command("gvm", model=model, data=data, against=against, dtype=dtype, rounds=rounds)
+    result = bench.measure(model, data, against, dtype == "bfloat16", rounds, batch_pairs)
+    given = {"model": model, "data": data, "against": against, "dtype": dtype, "batch-pairs": batch_pairs}
+    result["command"] = _command("gvm", **given, rounds=rounds)
     if as_json:
         print_json(result)
         return
@@ -66,8 +69,9 @@ def gvm(model: Path, data: str, against: str | None, dtype: str, rounds: int, as
 
 
 def policy(
-    start: Path, gvm: Path, reward: Path, prompts: str, against: str | None, dtype: str, rounds: int, as_json: bool
-) -> None:
+    start: Path, gvm: Path, reward: Path, prompts: str, against: str | None, dtype: str, prompts_per_update: int,
+    max_new_tokens: int, rounds: int, as_json: bool,
+) -> None:  # fmt: skip
     """Runs the comparison and prints it. Raises InputError for wrong options and StageError where a process dies."""
     _prepare()
     _require_trl(against)
@@ -76,9 +80,11 @@ def policy(
         require_checkpoint(str(folder))
     from reproduce.bench import policy as bench
 
-    result = bench.measure(start, gvm, reward, prompts, against, dtype == "bfloat16", rounds)
-    given = {"start": start, "gvm": gvm, "reward": reward, "prompts": prompts}
-    result["command"] = _command("policy", **given, against=against, dtype=dtype, rounds=rounds)
+    size = {"count": prompts_per_update, "max_new_tokens": max_new_tokens}
+    result = bench.measure(start, gvm, reward, prompts, against, dtype == "bfloat16", rounds, **size)
+    given = {"start": start, "gvm": gvm, "reward": reward, "prompts": prompts, "against": against, "dtype": dtype}
+    given |= {"prompts-per-update": prompts_per_update, "max-new-tokens": max_new_tokens}
+    result["command"] = _command("policy", **given, rounds=rounds)
     if as_json:
         print_json(result)
         return

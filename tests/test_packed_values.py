@@ -1,0 +1,59 @@
+"""Attention to all texts of a row in one call, which GPUs take, gives what attention text by text gives."""
+
+import pytest
+import torch
+
+from dvpo import models, packed_values
+from dvpo.packed_values import Group, can_pack
+from dvpo.packed_values import packed_values as values_of
+
+GROUPS = [
+    Group([7, 8, 9], [[1, 2], [3, 4, 5], []], keep=True),
+    Group([4], [[6]]),
+    Group([5, 6, 7, 8], [[], [9, 1, 2]], keep=True),
+]
+
+
+def plain_varlen(query, key, value, queries_G1, keys_G1, most_queries, most_keys, *, scale, window_size):
+    """What the docstring of torch's varlen_attn promises, text by text. [N, heads, D]."""
+    assert window_size == (-1, 0)
+    outputs = []
+    spans = zip(queries_G1.tolist(), queries_G1.tolist()[1:], keys_G1.tolist(), keys_G1.tolist()[1:], strict=False)
+    for q_start, q_stop, k_start, k_stop in spans:
+        rows, columns = q_stop - q_start, k_stop - k_start
+        assert rows <= most_queries and columns <= most_keys
+        scores = torch.einsum("qhd,khd->hqk", query[q_start:q_stop], key[k_start:k_stop]) * scale
+        seen = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, value[k_start:k_stop]))
+    return torch.cat(outputs)
+
+
+def test_one_call_equals_a_call_for_every_text(checkpoints, monkeypatch) -> None:
+    model = models.load(checkpoints["llama", "value"], "value").eval()
+    assert can_pack(model)
+    expected, kept = values_of(model, GROUPS)
+    again = [Group(g.prompt_ids, [[2, 3], *g.responses], kept.get(i)) for i, g in enumerate(GROUPS)]
+    expected_again, _ = values_of(model, again)
+
+    monkeypatch.setattr(packed_values, "_takes_varlen", lambda query: True)
+    monkeypatch.setattr(packed_values, "varlen_attn", plain_varlen)
+    found, kept = values_of(model, GROUPS)
+    again = [Group(g.prompt_ids, [[2, 3], *g.responses], kept.get(i)) for i, g in enumerate(GROUPS)]
+    found_again, _ = values_of(model, again)
+    for mine, theirs in ((found, expected), (found_again, expected_again)):
+        for a, b in zip(sum(mine, []), sum(theirs, []), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_gpu_in_half_precision_stays_near_float32(checkpoints, kept: bool) -> None:
+    reference = models.load(checkpoints["llama", "value"], "value").eval()
+    model = models.load(checkpoints["llama", "value"], "value", dtype=torch.bfloat16).eval().to("cuda")
+    assert can_pack(reference) and can_pack(model)
+    prefixes = values_of(model, GROUPS)[1] if kept else {}
+    found, _ = values_of(model, [Group(g.prompt_ids, g.responses, prefixes.get(i)) for i, g in enumerate(GROUPS)])
+    expected, _ = values_of(reference, GROUPS)
+    a, b = torch.cat(sum(found, [])), torch.cat(sum(expected, []))
+    assert (a - b).norm() <= 0.03 * b.norm()
