@@ -146,11 +146,19 @@ def strategy() -> str:
 
 
 def start() -> Processes:
-    """Joins the other processes, once; later calls give the same answer. Raises InputError for an unknown strategy."""
+    """Joins the other processes, once; later calls give the same answer.
+
+    Raises InputError for an unknown strategy, or more processes than GPUs.
+    """
     cuda = torch.cuda.is_available()
     if not dist.is_initialized() and not launched():
         return Processes(0, 1, torch.device("cuda" if cuda else "cpu"), "none")
     local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local + 1} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
+            "start as many processes as there are GPUs"
+        )
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if not dist.is_initialized():
         _join(_strategy_of_this_run(), device)
@@ -197,7 +205,7 @@ def _join(name: str, device: torch.device) -> None:
         if state.num_processes != dist.get_world_size():
             raise RuntimeError(f"accelerate sees {state.num_processes} of {dist.get_world_size()} processes")
     else:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
     os.environ[_JOINED] = name
 
 

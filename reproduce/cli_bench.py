@@ -73,9 +73,7 @@ def bench_policy(
     """
     from reproduce.commands import bench
 
-    bench.policy(
-        start, gvm, reward, prompts, against, dtype, prompts_per_update, max_new_tokens, rounds, as_json
-    )
+    bench.policy(start, gvm, reward, prompts, against, dtype, prompts_per_update, max_new_tokens, rounds, as_json)
 
 
 @bench_app.command("growth")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dvpo import models, packed_values
+from dvpo import models, packed_attention
 from dvpo.packed_values import Group, can_pack
 from dvpo.packed_values import packed_values as values_of
 
@@ -12,6 +12,10 @@ GROUPS = [
     Group([4], [[6]]),
     Group([5, 6, 7, 8], [[], [9, 1, 2]], keep=True),
 ]
+
+
+def flat(lists):
+    return [item for each in lists for item in each]
 
 
 def plain_varlen(query, key, value, queries_G1, keys_G1, most_queries, most_keys, *, scale, window_size):
@@ -29,31 +33,33 @@ def plain_varlen(query, key, value, queries_G1, keys_G1, most_queries, most_keys
     return torch.cat(outputs)
 
 
-def test_one_call_equals_a_call_for_every_text(checkpoints, monkeypatch) -> None:
+@pytest.mark.parametrize("attend", [plain_varlen, packed_attention.padded_attention])
+def test_one_call_equals_a_call_for_every_text(checkpoints, monkeypatch, attend) -> None:
     model = models.load(checkpoints["llama", "value"], "value").eval()
     assert can_pack(model)
     expected, kept = values_of(model, GROUPS)
     again = [Group(g.prompt_ids, [[2, 3], *g.responses], kept.get(i)) for i, g in enumerate(GROUPS)]
     expected_again, _ = values_of(model, again)
 
-    monkeypatch.setattr(packed_values, "_takes_varlen", lambda query: True)
-    monkeypatch.setattr(packed_values, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(packed_attention, "_in_one_call", lambda query: True)
+    monkeypatch.setattr(packed_attention, "padded_attention", attend)  # what float32 takes
     found, kept = values_of(model, GROUPS)
     again = [Group(g.prompt_ids, [[2, 3], *g.responses], kept.get(i)) for i, g in enumerate(GROUPS)]
     found_again, _ = values_of(model, again)
     for mine, theirs in ((found, expected), (found_again, expected_again)):
-        for a, b in zip(sum(mine, []), sum(theirs, []), strict=True):
+        for a, b in zip(flat(mine), flat(theirs), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kept", [False, True])
-def test_a_gpu_in_half_precision_stays_near_float32(checkpoints, kept: bool) -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float32, 1e-5)])
+def test_a_gpu_computes_what_the_cpu_does(checkpoints, kept: bool, dtype: torch.dtype, bound: float) -> None:
     reference = models.load(checkpoints["llama", "value"], "value").eval()
-    model = models.load(checkpoints["llama", "value"], "value", dtype=torch.bfloat16).eval().to("cuda")
+    model = models.load(checkpoints["llama", "value"], "value", dtype=dtype).eval().to("cuda")
     assert can_pack(reference) and can_pack(model)
     prefixes = values_of(model, GROUPS)[1] if kept else {}
     found, _ = values_of(model, [Group(g.prompt_ids, g.responses, prefixes.get(i)) for i, g in enumerate(GROUPS)])
     expected, _ = values_of(reference, GROUPS)
-    a, b = torch.cat(sum(found, [])), torch.cat(sum(expected, []))
-    assert (a - b).norm() <= 0.03 * b.norm()
+    a, b = torch.cat(flat(found)), torch.cat(flat(expected))
+    assert (a - b).norm() <= bound * b.norm()

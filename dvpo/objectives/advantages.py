@@ -27,13 +27,18 @@ class Signals:
 
 
 def discounted_sum(x_B_T: Tensor, mask_B_T: Tensor, decay: float) -> Tensor:
-    """sum over l >= 0 of decay^l * x_{t+l}, over the masked steps of a row. [B, T]."""
+    """sum over l >= 0 of decay^l * x_{t+l}, over the masked steps of a row. [B, T].
+
+    Computed on the CPU: on a GPU each of the T small steps would wait for its own launch.
+    """
+    device = x_B_T.device
+    x_B_T, mask_B_T = x_B_T.cpu(), mask_B_T.cpu()
     out_B_T = torch.zeros_like(x_B_T)
     running_B = torch.zeros_like(x_B_T[:, 0])
     for t in reversed(range(x_B_T.shape[1])):
         running_B = torch.where(mask_B_T[:, t], x_B_T[:, t] + decay * running_B, 0)
         out_B_T[:, t] = running_B
-    return out_B_T
+    return out_B_T.to(device)
 
 
 def last_token(mask_B_T: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ def td_lambda_targets(values_B_S: Tensor, rewards_B: Tensor, mask_B_S: Tensor, g
         G_T = r(x, y)
         G_t = gamma * ((1 - lambda) * h_{t+1} + lambda * G_{t+1})
 
-    lambda = 0 is the paper's Eq. 1 (G_t = r_t + gamma * Q_{t+1}), lambda = 1 is Monte Carlo.
+    lambda = 0 is the paper's Eq. 1 (G_t = r_t + gamma * Q_{t+1}), lambda = 1 is Monte Carlo. Computed on the CPU: on a
+    GPU each of the T small steps would wait for its own launch.
 
     Args:
         values_B_S: h_0..h_T, right-padded.
@@ -24,7 +25,8 @@ def td_lambda_targets(values_B_S: Tensor, rewards_B: Tensor, mask_B_S: Tensor, g
     Returns:
         [B, S], 0 at padding, no gradient.
     """
-    values_B_S = values_B_S.detach()
+    device = values_B_S.device
+    values_B_S, rewards_B, mask_B_S = values_B_S.detach().cpu(), rewards_B.cpu(), mask_B_S.cpu()
     targets_B_S = torch.zeros_like(values_B_S)
     last_B_S = mask_B_S & ~torch.cat([mask_B_S[:, 1:], torch.zeros_like(mask_B_S[:, :1])], 1)
     following_B = torch.zeros_like(rewards_B)
@@ -35,7 +37,7 @@ def td_lambda_targets(values_B_S: Tensor, rewards_B: Tensor, mask_B_S: Tensor, g
             backup_B = torch.zeros_like(rewards_B)
         following_B = torch.where(last_B_S[:, t], rewards_B, backup_B)
         targets_B_S[:, t] = torch.where(mask_B_S[:, t], following_B, 0)
-    return targets_B_S
+    return targets_B_S.to(device)
 
 
 def value_model_loss(values_B_S: Tensor, targets_B_S: Tensor, mask_B_S: Tensor, count: Tensor | int) -> Tensor:

@@ -55,7 +55,7 @@ def pretrain(
 
     def loss(outputs: Any, labels_B_T: Tensor, num_items_in_batch: Any = None) -> Tensor:
         logits_N_V = outputs.logits[:, :-1].flatten(0, 1)
-        return cross_entropy(logits_N_V, labels_B_T[:, 1:].flatten(), weight=weights_V)
+        return cross_entropy(logits_N_V, labels_B_T[:, 1:].flatten(), weight=weights_V.to(logits_N_V.device))
 
     steps = settings.max_steps or math.ceil(len(texts) / settings.batch_size * settings.epochs)
     optimizer = MuonWithAdamW(model, settings.muon_learning_rate, settings.learning_rate, settings.adam_beta2)

@@ -18,7 +18,19 @@ from typing import Any
 from dvpo.config import PolicySettings
 from dvpo.data.records import Message
 from dvpo.errors import InputError
-from reproduce.bench.common import Job, Row, Turns, column, finish, in_turns, load_libraries, machine, peak, ratio, spread
+from reproduce.bench.common import (
+    Job,
+    Row,
+    Turns,
+    column,
+    finish,
+    in_turns,
+    load_libraries,
+    machine,
+    peak,
+    ratio,
+    spread,
+)
 
 PROMPTS = 4
 STEPS = 2

@@ -36,9 +36,7 @@ def server(
         print(_text(result))
 
 
-def gvm(
-    model: Path, data: str, against: str | None, dtype: str, batch_pairs: int, rounds: int, as_json: bool
-) -> None:
+def gvm(model: Path, data: str, against: str | None, dtype: str, batch_pairs: int, rounds: int, as_json: bool) -> None:
     """Runs the comparison and prints it. Raises InputError for wrong options and StageError where a process dies."""
     _prepare()
     _require_trl(against)

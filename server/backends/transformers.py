@@ -14,7 +14,8 @@ from torch import Tensor
 from dvpo.data.templates import Encoded
 from dvpo.errors import InputError, StageError
 from dvpo.models import load_tokenizer
-from dvpo.packed_values import Group, Prefix, can_pack, packed_values
+from dvpo.packed_attention import Prefix
+from dvpo.packed_values import Group, can_pack, packed_values
 from dvpo.values import score_all, unwrapped
 from server.backends import ModelInfo, Scored
 from server.backends.cpu_layers import pack_layers

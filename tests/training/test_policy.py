@@ -66,7 +66,7 @@ def make(starts, checkpoints, prompts) -> Make:
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -222,7 +222,7 @@ def test_the_reference_of_an_adapter_is_the_adapter_switched_off(make, starts, t
     for r in rollouts:
         with torch.no_grad():
             plain = response_logprobs(start, collate(r.texts, 0), 1.0)
-        assert torch.allclose(r.ref_logprobs, plain, atol=1e-5)
+        assert torch.allclose(r.ref_logprobs.cpu(), plain, atol=1e-5)
     assert float((rollouts[-1].old_logprobs - rollouts[-1].ref_logprobs).abs().max()) > 1e-3
     base = {
         n.replace(".base_layer", ""): p for n, p in weights(trainer.policy.get_base_model()).items() if "lora_" not in n

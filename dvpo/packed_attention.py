@@ -1,0 +1,240 @@
+"""Attention over a packed row: many texts behind one another, each a segment that sees itself and its prompt.
+
+On a CPU segment by segment, in steps; on a GPU all segments in one call.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+ATTENTION = "dvpo_packed"
+_CPU_STEP = 64
+"""Tokens whose attention is computed at once. On a CPU, attention over a whole text also computes what it masks."""
+# What models hand to an attention function beside the tensors, and what makes no difference to the result.
+_HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What is kept of a prompt of P tokens: keys and values of every layer, [1, heads, P, D], and h_0."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    h_0: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(tensor.nbytes for pair in self.layers for tensor in pair)
+
+
+@dataclass
+class Segment:
+    """Tokens [start, stop) of the row that attend to themselves, causally, and to all of what stands before them."""
+
+    start: int
+    stop: int
+    before: slice | Prefix | None = None
+
+
+@dataclass
+class Packing:
+    """How a row is read by attention.
+
+    `kept` collects keys and values of the prompts that are to be kept; `masks` serve all layers, by their shapes.
+    """
+
+    segments: list[Segment] = field(default_factory=list)
+    keep: dict[int, slice] = field(default_factory=dict)
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    together: "_Together | None" = None
+
+
+@dataclass(frozen=True)
+class _Together:
+    """All segments of a row for one call of an attention that takes texts of many lengths.
+
+    prefixes: the kept prompts, whose keys stand behind those of the row. keys_K: the places of every segment's keys
+    there, one segment behind the other. queries_G1, keys_G1: where each of G segments begins, and the last one's end.
+    """
+
+    prefixes: list[Prefix]
+    keys_K: Tensor
+    queries_G1: Tensor
+    keys_G1: Tensor
+    most_queries: int
+    most_keys: int
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    packing: Packing,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over a packed row. query [1, heads, N, D]; returns [1, N, heads, D].
+
+    Raises ValueError for attention with anything more to it: `can_pack` then says no.
+    """
+    strange = {name for name, given in others.items() if given is not None} - _HARMLESS
+    if strange or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise ValueError(f"this attention cannot be packed: {', '.join(sorted(strange)) or type(module).__name__}")
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    for index, place in packing.keep.items():
+        pair = (key[:, :, place].clone(), value[:, :, place].clone())
+        packing.kept.setdefault(index, []).append(pair)
+    if _in_one_call(query):
+        return _attend_together(query, key, value, scaling, packing, module.layer_idx), None
+    for segment in packing.segments:
+        place = slice(segment.start, segment.stop)
+        keys, values = key[:, :, place], value[:, :, place]
+        step = _CPU_STEP if query.device.type == "cpu" else segment.stop - segment.start
+        if segment.before is not None:
+            if isinstance(segment.before, Prefix):
+                past = segment.before.layers[module.layer_idx]
+            else:
+                past = (key[:, :, segment.before], value[:, :, segment.before])
+            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+            step = segment.stop - segment.start
+        later = keys.shape[2] - segment.stop  # from a token's place in the row to its place among the keys
+        for start in range(segment.start, segment.stop, step):
+            stop = min(start + step, segment.stop)
+            seen = slice(0, stop + later)
+            attended = _attend(query[:, :, start:stop], keys[:, :, seen], values[:, :, seen], scaling, packing.masks)
+            output[:, start:stop] = attended.transpose(1, 2)
+    return output, None
+
+
+def _in_one_call(query: Tensor) -> bool:
+    """On a GPU, where a call for every text would take longer to start than to compute."""
+    return query.is_cuda
+
+
+def _attend_together(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: Packing, layer: int
+) -> Tensor:
+    """`_attention` of all segments in one call. [1, N, heads, D].
+
+    The last token of a segment's queries is the last of its keys, which is how `varlen_attn` aligns the two.
+    """
+    attend = varlen_attn if query.dtype in (torch.bfloat16, torch.float16) else padded_attention
+    plan = packing.together = packing.together or _lay_out(packing, query)
+    copies = query.shape[1] // key.shape[1]
+
+    def rows(of: Tensor, which: int) -> Tensor:
+        whole = torch.cat([of, *(prefix.layers[layer][which] for prefix in plan.prefixes)], 2)
+        return whole[0, :, plan.keys_K].repeat_interleave(copies, 0).transpose(0, 1).contiguous()
+
+    found_N_H_D: Any = attend(
+        query[0].transpose(0, 1).contiguous(),
+        rows(key, 0),
+        rows(value, 1),
+        plan.queries_G1,
+        plan.keys_G1,
+        plan.most_queries,
+        plan.most_keys,
+        scale=scaling,
+        window_size=(-1, 0),
+    )
+    return found_N_H_D[None]
+
+
+def padded_attention(
+    query_N_H_D: Tensor, key_K_H_D: Tensor, value_K_H_D: Tensor, queries_G1: Tensor, keys_G1: Tensor,
+    most_queries: int, most_keys: int, *, scale: float | None, window_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """What torch's `varlen_attn` computes in half precision, for float32: causal attention of G texts. [N, H, D].
+
+    The texts are padded to a batch. window_size: only (-1, 0), causal, is known.
+    """
+    assert window_size == (-1, 0)
+    places_Q, places_K = (torch.arange(most, device=queries_G1.device) for most in (most_queries, most_keys))
+    lengths_G, key_lengths_G = queries_G1.diff(), keys_G1.diff()
+    rows_G_Q = (queries_G1[:-1, None] + places_Q).clamp(max=len(query_N_H_D) - 1)
+    rows_G_K = (keys_G1[:-1, None] + places_K).clamp(max=len(key_K_H_D) - 1)
+    last_seen_G_Q = places_Q + (key_lengths_G - lengths_G)[:, None]
+    seen_G_Q_K = (places_K <= last_seen_G_Q[:, :, None]) & (places_K < key_lengths_G[:, None, None])
+    found_G_H_Q_D = functional.scaled_dot_product_attention(
+        query_N_H_D[rows_G_Q].transpose(1, 2),
+        key_K_H_D[rows_G_K].transpose(1, 2),
+        value_K_H_D[rows_G_K].transpose(1, 2),
+        attn_mask=seen_G_Q_K[:, None],
+        scale=scale,
+    )
+    places_N = torch.arange(len(query_N_H_D), device=queries_G1.device)
+    text_N = torch.bucketize(places_N, queries_G1[1:], right=True)
+    return found_G_H_Q_D.transpose(1, 2)[text_N, places_N - queries_G1[text_N]]
+
+
+def _lay_out(packing: Packing, row: Tensor) -> _Together:
+    """The plan that serves all layers; `row` is a tensor [1, heads, N, D] of the row."""
+    prefixes: dict[int, tuple[int, Prefix]] = {}  # where each kept prompt's keys begin
+    end = row.shape[2]
+    places: list[int] = []
+    queries, keys = [0], [0]
+    for segment in packing.segments:
+        before = segment.before
+        if isinstance(before, Prefix):
+            length = before.layers[0][0].shape[2]
+            if id(before) not in prefixes:
+                prefixes[id(before)] = (end, before)
+                end += length
+            begin = prefixes[id(before)][0]
+            places += range(begin, begin + length)
+        elif before is not None:
+            places += range(before.start, before.stop)
+        places += range(segment.start, segment.stop)
+        queries.append(segment.stop)
+        keys.append(len(places))
+
+    def longest(ends: list[int]) -> int:
+        return max(b - a for a, b in pairwise(ends))
+
+    return _Together(
+        [prefix for _, prefix in prefixes.values()],
+        torch.tensor(places, device=row.device),
+        torch.tensor(queries, dtype=torch.int32, device=row.device),
+        torch.tensor(keys, dtype=torch.int32, device=row.device),
+        longest(queries),
+        longest(keys),
+    )
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, masks: dict[tuple[int, int], Tensor]
+) -> Tensor:
+    """Attention of the last R tokens [1, heads, R, D] to C tokens, causally. Returns [1, heads, R, D]."""
+    shape = query.shape[2], keys.shape[2]
+    if shape[0] != shape[1] and shape not in masks:
+        masks[shape] = _mask(*shape, query)
+    mask = masks.get(shape)
+    return functional.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=keys.shape[1] != query.shape[1],
+    )
+
+
+def _mask(rows: int, columns: int, like: Tensor) -> Tensor:
+    """What the last `rows` of `columns` tokens may look at, to be added to the scores. [rows, columns]."""
+    allowed = torch.ones(rows, columns, dtype=torch.bool, device=like.device).tril(columns - rows)
+    return torch.zeros(rows, columns, dtype=like.dtype, device=like.device).masked_fill(~allowed, float("-inf"))
+
+
+AttentionInterface.register(ATTENTION, _attention)
