@@ -155,6 +155,7 @@ def study_figures(book: "Book", folder: Path) -> list[Figure]:
     for name, label in study.policies(book).items():
         mean, (low, high) = mean_over_seeds(book.gold(name))
         rows.append({"label": label, "value": mean, "low": low, "high": high})
+    for name, label in study.trained_on_values(book).items():
         if study.has_gold(logs := book.curves(name)):
             updates = [r["update"] for r in logs[0]]
             panels[label] = {

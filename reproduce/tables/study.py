@@ -16,7 +16,7 @@ from reproduce import verdicts
 from reproduce.recipe import AtlasRecipe
 from reproduce.tables.book import LABELS, Book
 from reproduce.tables.paired import Interval, Paired, holm, paired
-from reproduce.tables.policies import GOLD
+from reproduce.tables.policies import GOLD, KL
 from reproduce.tables.rows import BEYOND, Row, accuracy_row, row
 
 ESTIMATORS = {"q": "A = Q", "gae": "GAE", "official": "official"}
@@ -60,6 +60,12 @@ def policies(book: Book) -> dict[str, str]:
     """The policies of the study that were run, by name, with their labels."""
     named = {policy_name(e, v): label(e, v) for v in VARIANTS for e in ESTIMATORS}
     return {name: text for name, text in named.items() if book.seeds(f"gold/{name}")}
+
+
+def trained_on_values(book: Book) -> dict[str, str]:
+    """The policies whose over-optimisation is looked at: the study's, and those under other strengths of KL."""
+    sweep = {name: f"GAE, KL {beta}" for name, beta in KL.items() if "-kl-" in name}
+    return policies(book) | {name: text for name, text in sweep.items() if book.seeds(f"gold/{name}")}
 
 
 def table(book: Book) -> dict[str, Any] | None:
@@ -146,10 +152,10 @@ def drift(name: str, curves: Sequence[Sequence[dict[str, float]]], margin: float
 
 
 def drifts(book: Book) -> list[Drift]:
-    """The drift of every DVPO policy of the study whose log has a gold score."""
+    """The drift of every policy that was trained on a GVM's values and whose log has a gold score."""
     bound = verdicts.tolerances()["T1"].direction
     assert bound is not None
-    logs = {text: book.curves(name) for name, text in policies(book).items()}
+    logs = {text: book.curves(name) for name, text in trained_on_values(book).items()}
     return [drift(text, curves, bound.margin) for text, curves in logs.items() if has_gold(curves)]
 
 
@@ -190,8 +196,9 @@ def collapse(log: Sequence[dict[str, float]]) -> str | None:
 
 @lru_cache(maxsize=1)
 def stability(book: Book) -> list[Stability]:
-    """Every online policy: the methods, then the study's."""
-    named = {n: LABELS[n] for n in book.methods()} | {n: t for n, t in policies(book).items() if "@" in n}
+    """Every online policy: the methods, then the study's and those under other strengths of KL."""
+    others = {n: t for n, t in trained_on_values(book).items() if n not in LABELS}
+    named = {n: LABELS[n] for n in book.methods()} | others
     found = []
     for name, text in named.items():
         curves = book.curves(name)

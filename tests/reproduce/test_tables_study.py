@@ -112,7 +112,7 @@ class TestStudy:
             assert all(len(row) == len(sheet.head) for row in sheet.rows)
         text = " ".join(section.paragraphs)
         assert "Over-optimisation: visible for GAE, GVM of TD lambda 0; official, GVM of TD lambda 1." in text
-        assert "5 of 95 runs collapsed: official, GVM of TD lambda 1 (5 of 5)." in text
+        assert "5 of 105 runs collapsed: official, GVM of TD lambda 1 (5 of 5)." in text
         assert "With 5 seeds it cannot be below 0.0625" in section.sheets[0].note
         assert {Path(f).suffix for figure in section.figures for f in figure["files"]} == {".svg", ".png"}
         document = json.loads(json.dumps(page.study_document(book), allow_nan=False))
