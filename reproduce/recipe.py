@@ -232,7 +232,8 @@ class DataRecipe(Settings):
     model: a checkpoint folder, in place of the `hub` model. data: owner/name@REV, where the command names none.
     shares: of the prompts; a share of `test` is held out, else the data's `eval_split` is. With `sft` settings the
     start is trained first, on the best answers of the share of that name. policy_value: the GVM that DVPO is run
-    against. optional_methods: run only where a table that shows them is asked for. rl_prompts: at most so many.
+    against. trained: folders of models (`rm`, `gvm`, ...) that were trained elsewhere and are not trained here; a model is
+    of one seed, so the run is too. optional_methods: run only where a table that shows them is asked for. rl_prompts: at most so many.
     judge: None leaves judged benchmarks out.
     """
 
@@ -254,6 +255,7 @@ class DataRecipe(Settings):
     gvm: GvmSettings
     value_models: tuple[ValueModel, ...] = ("gvm", "gvm-from-score")
     policy_value: ValueModel = "gvm"
+    trained: dict[Literal["rm"] | ValueModel, str] = Field(default_factory=dict)
     dpo: DpoSettings | None = None
     policy: dict[str, Any]
     methods: dict[str, dict[str, Any]]
@@ -275,6 +277,8 @@ class DataRecipe(Settings):
             raise ValueError(f"policy_value {self.policy_value} is none of the value_models")
         if self.kl_sweep and "dvpo-gae" not in self.methods:
             raise ValueError("kl_sweep needs the method dvpo-gae")
+        if self.trained and self.seeds > 1:
+            raise ValueError("trained names models of one seed; set seeds to 1")
         if self.sft is not None and not self.shares.get("sft"):
             raise ValueError("sft needs a share of the data: shares.sft")
         return self

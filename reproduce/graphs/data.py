@@ -32,6 +32,8 @@ def data_graph(r: DataRecipe, data: str | None) -> Graph:
         _check(field, name)
     for name, given in r.benchmarks.sources.items():
         _check(f"benchmarks.{name}: ", given)
+    for name, folder in r.trained.items():
+        _require_role(name, folder)
     graph = Graph()
     for seed in range(r.seeds):
         _Seed(graph, r, seed, data).build()
@@ -41,6 +43,15 @@ def data_graph(r: DataRecipe, data: str | None) -> Graph:
 def _check(field: str, name: str) -> None:
     if not Path(name).exists() and not is_hub_id(name):
         raise InputError(f"{field}{name}: no such file or folder, and not a hub id with a revision (owner/name@REV)")
+
+
+def _require_role(name: str, folder: str) -> None:
+    """Raises InputError where a folder holds no model of the kind that `trained` says."""
+    from dvpo.models import role_of
+
+    wanted = "reward" if name == "rm" else "value"
+    if (found := role_of(folder)) != wanted:
+        raise InputError(f"trained.{name}: {folder} holds {found or 'no'} model, not a {wanted} model")
 
 
 class _Seed:
@@ -57,7 +68,9 @@ class _Seed:
         if r.sft:
             demonstrations = {"split": "sft", "best": True, "train": as_json(r.sft)}
             self.start = self.stage("sft", "sft", demonstrations, start=self.start, data=self.data)
-        reward = self.stage("rm", "rm", {"train": as_json(r.rm), "pairs": self.pairs}, start=self.start, data=self.data)
+        reward = self.trained("rm") or self.stage(
+            "rm", "rm", {"train": as_json(r.rm), "pairs": self.pairs}, start=self.start, data=self.data
+        )
         values = {name: self.gvm(name, reward) for name in r.value_models}
         self.frozen: dict[str, Any] = {"value": values[r.policy_value], "reward": reward}
         others = {k: self.other(k, v) for k, v in r.other_data.items()}
@@ -127,7 +140,15 @@ class _Seed:
         settings = {"hub": None if inputs else given, "split": None if path.is_file() else split, "shares": shares}
         return self.stage(name, "preferences", settings, **inputs)
 
-    def gvm(self, name: str, reward: Stage) -> Stage:
+    def trained(self, name: str) -> Source | None:
+        """A model that was trained elsewhere."""
+        folder = self.r.trained.get(name)  # type: ignore[call-overload]
+        return Source(Path(folder)) if folder else None
+
+    def gvm(self, name: str, reward: Stage | Source) -> Stage | Source:
+        """A value model of the run, or one that was trained elsewhere."""
+        if found := self.trained(name):
+            return found
         settings = {"train": as_json(with_target(self.r.gvm, TARGETS[name])), "pairs": self.pairs}
         inputs: dict[str, Any] = {"rm": reward} if TARGETS[name] == "reward_model" else {}
         return self.stage(name, "gvm", settings, start=self.start, data=self.data, **inputs)
@@ -164,7 +185,7 @@ class _Seed:
         return {"settings": {"format": "split", "split": "test", **most}, "data": data}
 
     def accuracy(
-        self, name: str, model: Stage, wanted: str, others: dict[str, dict[str, Any]], subfolder: str = "",
+        self, name: str, model: Stage | Source, wanted: str, others: dict[str, dict[str, Any]], subfolder: str = "",
         optional: bool = False,
     ) -> None:  # fmt: skip
         """Pairwise accuracy on held-out pairs of the training data's own source, and of the others."""
