@@ -240,7 +240,7 @@ def release(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR|FILE.tar", help="The new bundle; by default RUN_DIR/released/NAME.")
     ] = None,
-    stage: Annotated[str, typer.Option(metavar="ID", help="The model's stage.")] = "seed0/gvm",
+    stage: Annotated[str, typer.Option(metavar="ID", help="The model's stage, or trained/NAME.")] = "seed0/gvm",
     name: Annotated[str | None, typer.Option(metavar="NAME", help="By default the stage's and the recipe's.")] = None,
     base: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME@REV", help="The model that training started from.")

@@ -232,8 +232,9 @@ class DataRecipe(Settings):
     model: a checkpoint folder, in place of the `hub` model. data: owner/name@REV, where the command names none.
     shares: of the prompts; a share of `test` is held out, else the data's `eval_split` is. With `sft` settings the
     start is trained first, on the best answers of the share of that name. policy_value: the GVM that DVPO is run
-    against. trained: folders of models (`rm`, `gvm`, ...) that were trained elsewhere and are not trained here; a model is
-    of one seed, so the run is too. optional_methods: run only where a table that shows them is asked for. rl_prompts: at most so many.
+    against. trained: folders of models (`rm`, `gvm`, ...) that were trained elsewhere and are not trained here; a model
+    is of one seed, so the run is too. optional_methods: run only where a table that shows them is asked for.
+    rl_prompts: at most so many.
     judge: None leaves judged benchmarks out.
     """
 

@@ -26,6 +26,7 @@ from reproduce.bundles.manifest import (
     StageRecord,
     manifest_bytes,
 )
+from reproduce.bundles.trained import PREFIX, trained_stage
 from reproduce.pipeline import load_result
 
 ROLES = {"gvm": "value", "rm": "reward", "sft": "policy", "dpo": "policy", "policy": "policy", "base": "policy"}
@@ -74,6 +75,7 @@ def release(
 
     Args:
         out: the bundle's folder, or a name that ends in `.tar`; the default is `released/NAME` in the run.
+        stage_id: a stage of the run, or `trained/NAME`, a model of its recipe's `trained` that the run measured.
         base: (owner/name@REVISION, licence) of the model that training started from, unless that was random weights.
         key: a PEM private key to sign with.
 
@@ -83,6 +85,8 @@ def release(
     """
     stages = _stages(run)
     stage = next((s for s in stages if s.id == stage_id), None)
+    if stage_id.startswith(PREFIX):
+        stage = _Stage(*trained_stage(run, stage_id))
     if stage is None or stage.kind not in ROLES:
         known = ", ".join(sorted(s.id for s in stages if s.kind in ROLES))
         raise InputError(f"{run} has no model {stage_id!r}; choose --stage from: {known}")
@@ -129,7 +133,7 @@ def _default_name(stage: _Stage, recipe: str) -> str:
 
 
 def _copy_model(stage: _Stage, folder: Path) -> None:
-    if load_result(stage.folder) is None:
+    if not stage.id.startswith(PREFIX) and load_result(stage.folder) is None:
         raise StageError(f"{stage.folder}: its files are not those of its manifest; run `dvpo reproduce` again")
     folder.mkdir()
     names = [n for n in stage.manifest["outputs"] if _CHECKPOINT.fullmatch(n)]

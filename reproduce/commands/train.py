@@ -26,6 +26,7 @@ from dvpo.files import sha256_json, write_json
 from reproduce.commands.common import require_checkpoint, say
 from reproduce.launch import STRATEGIES, Devices, run_stage
 from reproduce.pipeline import Context, locked
+from reproduce.provenance import code_commit, device, versions
 from reproduce.stages import KINDS
 
 S = TypeVar("S", bound=Settings)
@@ -65,6 +66,10 @@ class TrainFile(Settings, Generic[S]):
                     f"these settings need {name}: DIR" if needed else f"{name}: is not read here; remove it"
                 )
         return self
+
+
+TRAINING = "training.json"
+"""In the checkpoint's folder: what it was trained on and how, by which code, where."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,8 @@ def run(
             raise StageError(
                 f"{kind}: the loss is not finite; lower learning_rate, or max_grad_norm, and remove {part}"
             )
-        write_json(context.out / "training.json", {**record, "metrics": metrics, "seconds": round(seconds, 2)})
+        origin = {"git_commit": code_commit(), "versions": versions(), "device": device()}
+        write_json(context.out / TRAINING, {**record, **origin, "metrics": metrics, "seconds": round(seconds, 2)})
         context.out.rename(out)
         shutil.rmtree(part)
     print(f"{out}: {kind} trained in {seconds:.0f} s, loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last")
