@@ -23,6 +23,10 @@ def bench_server(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Make texts of this file; of random tokens by default.")
     ] = None,
+    clients: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=1, help="So many send at once; may be repeated; else 16 and 4."),
+    ] = None,
     rounds: Rounds = 5,
     as_json: Json = False,
 ) -> None:
@@ -32,7 +36,7 @@ def bench_server(
     """
     from reproduce.commands import bench
 
-    bench.server(gvm, against, dtype, text, rounds, as_json)
+    bench.server(gvm, against, dtype, text, clients or (), rounds, as_json)
 
 
 @bench_app.command("gvm")

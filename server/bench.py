@@ -9,6 +9,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,25 @@ _LEAST_TOKENS = 1000
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tokens per second of both on one workload, by round."""
+    """Tokens per second of both on one workload, by round, and the seconds that each request waited."""
 
     workload: str
     tokens: int
     ours: list[float]
     other: list[float]
+    ours_waits: list[float]
+    other_waits: list[float]
 
     def document(self) -> dict[str, Any]:
-        """Medians and ranges, of both and of the rounds' ratios."""
+        """Medians and ranges, of both and of the rounds' ratios, and percentiles of all rounds' waits."""
         return {
             "workload": self.workload,
             "tokens_per_round": self.tokens,
             "ours_tokens_per_second": _spread(self.ours),
             "other_tokens_per_second": _spread(self.other),
             "ratio": _spread([mine / theirs for mine, theirs in zip(self.ours, self.other, strict=True)]),
+            "ours_seconds": _percentiles(self.ours_waits),
+            "other_seconds": _percentiles(self.other_waits),
         }
 
 
@@ -74,23 +79,33 @@ class Source:
         return self._random.randint(count - count // 3, count + count // 3)
 
 
-def distinct_texts(source: Source, count: int = 64) -> Workload:
-    """Distinct texts of about 300 tokens, one a request, from 16 clients."""
+def distinct_texts(source: Source, count: int = 64, clients: int = 16) -> Workload:
+    """Distinct texts of about 300 tokens, one a request."""
     requests = [[Encoded(source.take(source.near(100)), source.take(source.near(200)))] for _ in range(count)]
-    return Workload(f"{count} distinct texts of about 300 tokens, 16 clients", 16, requests)
+    return Workload(f"{count} distinct texts of about 300 tokens, {_clients(clients)}", clients, requests)
 
 
-def shared_prompts(source: Source, count: int = 4) -> Workload:
-    """Groups of 8 responses of about 100 tokens to a prompt of 512 tokens, one group a request, from 4 clients."""
+def shared_prompts(source: Source, clients: int = 4) -> Workload:
+    """Groups of 8 responses of about 100 tokens to a prompt of 512 tokens, one group a request; at least 4 groups."""
+    count = max(4, clients)
     requests = []
     for _ in range(count):
         prompt = source.take(512)
         requests.append([Encoded(prompt, source.take(source.near(100))) for _ in range(8)])
-    return Workload(f"{count} groups of 8 responses of about 100 tokens to a prompt of 512, 4 clients", 4, requests)
+    what = f"{count} groups of 8 responses of about 100 tokens to a prompt of 512"
+    return Workload(f"{what}, {_clients(clients)}", clients, requests)
 
 
-def against_bare(serve: Sequence[str], folder: Path, dtype: Dtype, file: Path | None, rounds: int) -> dict[str, Any]:
+def _clients(count: int) -> str:
+    return f"{count} client{'s' if count > 1 else ''}"
+
+
+def against_bare(
+    serve: Sequence[str], folder: Path, dtype: Dtype, file: Path | None, rounds: int, clients: Sequence[int] = ()
+) -> dict[str, Any]:
     """Our server, started by the command `serve`, beside a bare padded forward pass; see `document`.
+
+    clients: how many send at once, one measurement each; by default 16 send single texts.
 
     Raises:
         InputError: no usable model or text.
@@ -99,17 +114,28 @@ def against_bare(serve: Sequence[str], folder: Path, dtype: Dtype, file: Path | 
     source = _source(folder, file)
     bare = Bare(folder, dtype)
     with ours(serve, folder, dtype) as server:
-        return _document("bare", dtype, server, bare, [distinct_texts], source, rounds)
+        return _document("bare", dtype, server, bare, _single(clients), source, rounds)
 
 
-def against_vllm(serve: Sequence[str], folder: Path, dtype: Dtype, file: Path | None, rounds: int) -> dict[str, Any]:
-    """Our server beside `vllm serve`, from the Python that DVPO_VLLM_PYTHON names. Raises as `against_bare` does."""
+def against_vllm(
+    serve: Sequence[str], folder: Path, dtype: Dtype, file: Path | None, rounds: int, clients: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Our server beside `vllm serve`, from the Python that DVPO_VLLM_PYTHON names. By default 4 clients send groups.
+
+    Raises as `against_bare` does.
+    """
     python = os.environ.get(VLLM_PYTHON)
     if not python:
         raise InputError(f"{VLLM_PYTHON} is not set; set it to the path of a Python that has vLLM")
     source = _source(folder, file)
     with ours(serve, folder, dtype) as server, vllm(python, folder, dtype) as other:
-        return _document("vllm", dtype, server, other, [distinct_texts, shared_prompts], source, rounds)
+        groups = [partial(shared_prompts, clients=n) for n in clients or (4,)]
+        return _document("vllm", dtype, server, other, [*_single(clients), *groups], source, rounds)
+
+
+def _single(clients: Sequence[int]) -> list[Callable[[Source], Workload]]:
+    """Workloads of single texts; several texts for each of many clients."""
+    return [partial(distinct_texts, count=max(64, 2 * n), clients=n) for n in clients or (16,)]
 
 
 def compare(
@@ -117,13 +143,15 @@ def compare(
 ) -> Comparison:
     """Runs both in turns; who begins changes from round to round. One round more comes first and is not counted."""
     rates: dict[Target, list[float]] = {mine: [], theirs: []}
+    waits: dict[Target, list[float]] = {mine: [], theirs: []}
     for number in range(rounds + 1):
         workload = make(source)
         for target in (mine, theirs) if number % 2 else (theirs, mine):
-            seconds, _ = target.run(workload)
+            outcome = target.run(workload)
             if number:
-                rates[target].append(workload.tokens / seconds)
-    return Comparison(workload.name, workload.tokens, rates[mine], rates[theirs])
+                rates[target].append(workload.tokens / outcome.seconds)
+                waits[target] += outcome.waits
+    return Comparison(workload.name, workload.tokens, rates[mine], rates[theirs], waits[mine], waits[theirs])
 
 
 def _document(
@@ -136,7 +164,7 @@ def _document(
     rounds: int,
 ) -> dict[str, Any]:
     small = distinct_texts(source, 4)
-    pairs = zip(mine.run(small)[1], theirs.run(small)[1], strict=True)
+    pairs = zip(mine.run(small).values, theirs.run(small).values, strict=True)
     return {
         "against": against,
         "dtype": dtype,
@@ -151,6 +179,13 @@ def _source(folder: Path, file: Path | None) -> Source:
     from dvpo.models import load_tokenizer
 
     return Source(load_tokenizer(folder), file)
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    """What half and 99 of 100 requests wait at most; None where there were none."""
+    if not seconds:
+        return None
+    return {f"p{p}": float(np.percentile(seconds, p)) for p in (50, 99)}
 
 
 def _spread(numbers: Sequence[float]) -> dict[str, float]:

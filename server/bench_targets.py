@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -48,12 +48,23 @@ class Workload:
         return sum(len(t.prompt_ids) + len(t.response_ids) for t in self.texts)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Seconds that a workload took, the value at every response token, by text in order, and the seconds that each
+    request waited for its reply (none where there are no requests, in a bare pass).
+    """
+
+    seconds: float
+    values: list[Values]
+    waits: list[float] = field(default_factory=list)
+
+
 class Target(ABC):
     """Something that scores a workload."""
 
     @abstractmethod
-    def run(self, workload: Workload) -> tuple[float, list[Values]]:
-        """Seconds it took, and the value at every response token, by text in order."""
+    def run(self, workload: Workload) -> Outcome:
+        """Scores it, once."""
 
 
 class Bare(Target):
@@ -69,7 +80,7 @@ class Bare(Target):
         self._model = load(folder, getattr(torch, dtype)).model.to(self._device)
         self._pad_id: Any = load_tokenizer(folder).pad_token_id
 
-    def run(self, workload: Workload) -> tuple[float, list[Values]]:
+    def run(self, workload: Workload) -> Outcome:
         """See Target."""
         import torch
 
@@ -86,7 +97,7 @@ class Bare(Target):
                 values_B_S = token_values(self._model, batch).cpu().numpy()
             for row, i in enumerate(chosen):
                 values[i] = values_B_S[row, 1 : len(texts[i].response_ids) + 1]
-        return time.monotonic() - began, values
+        return Outcome(time.monotonic() - began, values)
 
 
 class Server(Target):
@@ -119,7 +130,7 @@ class Server(Target):
         lines = self._log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         raise StageError(f"a server did not start: {lines[-1][-300:]}")
 
-    def run(self, workload: Workload) -> tuple[float, list[Values]]:
+    def run(self, workload: Workload) -> Outcome:
         """See Target."""
         self._signal(signal.SIGCONT)
         try:
@@ -127,24 +138,27 @@ class Server(Target):
         finally:
             self._signal(signal.SIGSTOP)
 
-    async def _send(self, workload: Workload) -> tuple[float, list[Values]]:
+    async def _send(self, workload: Workload) -> Outcome:
         replies: list[dict[str, Any]] = [{}] * len(workload.requests)
+        waits: list[float] = []
         todo = iter(range(len(workload.requests)))
         async with httpx.AsyncClient(base_url=self._url, timeout=600, trust_env=False) as client:
 
             async def one_client() -> None:
                 for index in todo:
                     path, body = self.request(workload.requests[index])
+                    sent = time.monotonic()
                     response = await client.post(path, json=body)
                     if response.status_code != 200:
                         raise StageError(f"{path} answered {response.status_code}: {response.text[:200]}")
+                    waits.append(time.monotonic() - sent)
                     replies[index] = response.json()
 
             began = time.monotonic()
             await asyncio.gather(*(one_client() for _ in range(workload.clients)))
             seconds = time.monotonic() - began
         pairs = zip(replies, workload.requests, strict=True)
-        return seconds, [values for reply, texts in pairs for values in self.read(reply, texts)]
+        return Outcome(seconds, [values for reply, texts in pairs for values in self.read(reply, texts)], waits)
 
     def _signal(self, number: int) -> None:
         os.killpg(self._process.pid, number)

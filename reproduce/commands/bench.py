@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ def server(
     against: str,
     dtype: str,
     text: Path | None,
+    clients: Sequence[int],
     rounds: int,
     as_json: bool,
 ) -> None:
@@ -29,7 +31,7 @@ def server(
 
     kind: Literal["float32", "bfloat16"] = "float32" if dtype == "float32" else "bfloat16"
     compare = bench.against_bare if against == "bare" else bench.against_vllm
-    result = compare(_SERVE, gvm, kind, text, rounds)
+    result = compare(_SERVE, gvm, kind, text, rounds, clients)
     if as_json:
         print_json(result)
     else:
@@ -150,11 +152,17 @@ def _text(result: dict[str, Any]) -> str:
             row["workload"],
             *(_spread(row[name], 0) for name in ("ours_tokens_per_second", "other_tokens_per_second")),
             _spread(row["ratio"], 2),
+            *(_waits(row[name]) for name in ("ours_seconds", "other_seconds")),
         )
         for row in result["workloads"]
     ]
-    lines.append(table_text(("workload", "server, tokens/s", f"{other}, tokens/s", f"server / {other}"), rows))
+    heads = ("workload", "server, tokens/s", f"{other}, tokens/s", f"server / {other}")
+    lines.append(table_text((*heads, "server, p50 and p99 s", f"{other}, p50 and p99 s"), rows))
     return "\n".join(lines)
+
+
+def _waits(seconds: dict[str, float] | None) -> str:
+    return "" if seconds is None else f"{seconds['p50']:.2f}, {seconds['p99']:.2f}"
 
 
 def _spread(numbers: dict[str, float], digits: int) -> str:

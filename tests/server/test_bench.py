@@ -11,7 +11,7 @@ import pytest
 
 from dvpo.errors import InputError
 from server.bench import Source, against_vllm, compare, distinct_texts, shared_prompts
-from server.bench_targets import Bare, Target, Workload
+from server.bench_targets import Bare, Outcome, Target, Workload
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,9 +22,10 @@ class Clock(Target):
     def __init__(self, name: str, seconds: list[float], log: list[tuple[str, Workload]]) -> None:
         self.name, self.seconds, self.log = name, iter(seconds), log
 
-    def run(self, workload: Workload) -> tuple[float, list[np.ndarray]]:
+    def run(self, workload: Workload) -> Outcome:
         self.log.append((self.name, workload))
-        return next(self.seconds), []
+        seconds = next(self.seconds)
+        return Outcome(seconds, [], [seconds / 10] if self.name == "ours" else [])
 
 
 def test_workloads_are_what_they_say(tokenizer) -> None:
@@ -66,7 +67,11 @@ def test_rounds_are_in_turns_and_the_first_is_not_counted(tokenizer) -> None:
     order = [name for name, _ in log]
     assert order == ["other", "ours", "ours", "other"] * 2
     assert all(log[i][1] == log[i + 1][1] for i in range(0, 8, 2)) and log[0][1] != log[2][1]
-    assert found.document()["ratio"] == {"median": 2.0, "low": 1.0, "high": 4.0}
+    document = found.document()
+    assert document["ratio"] == {"median": 2.0, "low": 1.0, "high": 4.0}
+    # Of the waits 0.1, 0.2 and 0.4 s of the counted rounds; 0.98 of the way between the last two.
+    assert document["ours_seconds"] == pytest.approx({"p50": 0.2, "p99": 0.396})
+    assert document["other_seconds"] is None
 
 
 def test_a_bare_pass_gives_the_values_in_order(checkpoints, tokenizer) -> None:
@@ -76,10 +81,10 @@ def test_a_bare_pass_gives_the_values_in_order(checkpoints, tokenizer) -> None:
     short = Workload(
         "short", 1, [[type(t)(t.prompt_ids[:20], t.response_ids[: 5 + i])] for i, t in enumerate(workload.texts)]
     )
-    seconds, values = Bare(checkpoints["llama", "value"], "float32").run(short)
+    outcome = Bare(checkpoints["llama", "value"], "float32").run(short)
     expected = TransformersBackend(checkpoints["llama", "value"]).score(short.texts)
-    assert seconds > 0
-    for found, scored in zip(values, expected, strict=True):
+    assert outcome.seconds > 0 and not outcome.waits
+    for found, scored in zip(outcome.values, expected, strict=True):
         assert np.abs(found - scored.values_S[1:]).max() <= 1e-5
 
 
@@ -104,12 +109,14 @@ def test_the_command_against_a_bare_pass(checkpoints, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((checkpoints["llama", "value"] / name).read_bytes())
-    done = bench("--gvm", str(tmp_path), "--rounds", "2", "--json")
+    done = bench("--gvm", str(tmp_path), "--rounds", "2", "--clients", "1", "--clients", "3", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["largest_difference"] <= 1e-5
-    (row,) = document["workloads"]
-    assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+    assert [row["workload"].rpartition(", ")[2] for row in document["workloads"]] == ["1 client", "3 clients"]
+    for row in document["workloads"]:
+        assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+        assert 0 < row["ours_seconds"]["p50"] <= row["ours_seconds"]["p99"]
 
 
 def test_wrong_options_end_with_2(tmp_path) -> None:
