@@ -215,20 +215,19 @@ def _lay_out(packing: Packing, row: Tensor) -> _Together:
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, masks: dict[tuple[int, int], Tensor]
 ) -> Tensor:
-    """Attention of the last R tokens [1, heads, R, D] to C tokens, causally. Returns [1, heads, R, D]."""
-    shape = query.shape[2], keys.shape[2]
-    if shape[0] != shape[1] and shape not in masks:
-        masks[shape] = _mask(*shape, query)
-    mask = masks.get(shape)
-    return functional.scaled_dot_product_attention(
-        query,
-        keys,
-        values,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=keys.shape[1] != query.shape[1],
+    """Attention of the last R tokens [1, heads, R, D] to C tokens, causally. Returns [1, heads, R, D].
+
+    Query heads that share keys stand below one another as the rows of one head: larger products, the same numbers.
+    """
+    heads, rows = query.shape[1:3]
+    sharing = heads // keys.shape[1]
+    shape = rows, keys.shape[2]
+    if shape not in masks:
+        masks[shape] = _mask(*shape, query).repeat(sharing, 1)
+    found = functional.scaled_dot_product_attention(
+        query.reshape(1, keys.shape[1], sharing * rows, -1), keys, values, attn_mask=masks[shape], scale=scaling
     )
+    return found.reshape(1, heads, rows, -1)
 
 
 def _mask(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ class Engine:
         self._waiting: dict[Waiting, None] = {}  # in the order of arrival
         self._waiting_tokens = 0
         self._running: dict[int, _Running] = {}
+        self._computed: set[bytes] = set()  # prompts of waiting texts that a batch has computed
         self._batches = 0
         self._rate = 0.0
         self._stopping = False
@@ -248,11 +249,13 @@ class Engine:
             waiting = self._ready()
             if not waiting or any(batch.alone for batch in self._running.values()):
                 break
-            share = -(-cost_of(waiting) // self._workers)
-            entries = choose(waiting, min(max(share, _LEAST_SHARE), self._batch_tokens))
+            # What has to wait for one prompt cannot be shared by the workers, so it may as well go together.
+            alone = not self._running and self._wait_for_one_prompt(waiting)
+            share = self._batch_tokens if alone else max(-(-cost_of(waiting) // self._workers), _LEAST_SHARE)
+            entries = choose(waiting, min(share, self._batch_tokens))
             for entry in entries:
                 self._remove(entry)
-            alone = not self._running and not self._waiting
+            alone = alone or not (self._running or self._waiting)
             self._batches += 1
             watchdog = asyncio.get_running_loop().call_later(self._batch_seconds, self._hung)
             self._running[self._batches] = _Running(entries, alone, watchdog)
@@ -263,8 +266,14 @@ class Engine:
         """What waits, without the texts whose prompt another batch computes now: after that it need not be computed."""
         if not self._running:
             return list(self._waiting)
-        in_work = {entry.prompt for batch in self._running.values() for entry in batch.entries}
+        in_work = {entry.prompt for batch in self._running.values() for entry in batch.entries} - self._computed
         return [e for e in self._waiting if e.prompt not in in_work or len(e.item.prompt_ids) < _WORTH_WAITING]
+
+    def _wait_for_one_prompt(self, waiting: list[Waiting]) -> bool:
+        """Whether all of it has one prompt, which nobody has computed yet and is worth waiting for."""
+        first = waiting[0]
+        new = len(first.item.prompt_ids) >= _WORTH_WAITING and first.prompt not in self._computed
+        return new and all(entry.prompt == first.prompt for entry in waiting)
 
     def _finish(self, number: int, outcome: list[Scored] | Exception, seconds: float) -> None:
         """Takes the outcome of a batch, on the event loop."""
@@ -287,6 +296,8 @@ class Engine:
                 entry.request.missing -= 1
                 if not entry.request.missing:
                     _settle(entry.request, None)
+            self._computed |= {entry.prompt for entry in batch}
+        self._computed &= {entry.prompt for entry in self._waiting}
         self._next_batches()
         if self._on_batch is not None:
             cached = 0 if isinstance(outcome, Exception) else sum(scored.cached_tokens for scored in outcome)

@@ -333,22 +333,42 @@ def test_what_fits_one_batch_has_the_machine_for_itself() -> None:
     assert backend.alone == [True, False, False]
 
 
-@pytest.mark.parametrize(("prompt_tokens", "batches"), [(1000, 1), (10, 2)])
+@pytest.mark.parametrize(("prompt_tokens", "batches"), [(1000, 2), (10, 3)])
 def test_a_text_waits_for_a_long_prompt_that_is_computed_now(prompt_tokens: int, batches: int) -> None:
     backend = Fake(max_tokens=3000)
 
     async def work(engine: Engine) -> None:
         backend.gate.clear()
-        prompt = [3] * prompt_tokens
-        task = asyncio.ensure_future(engine.submit([item([i] * 1500, prompt) for i in range(2)]))
+        items = [item([9] * 1500), *(item([i] * 1500, [3] * prompt_tokens) for i in range(2))]
+        task = asyncio.ensure_future(engine.submit(items))
         await until(lambda: len(backend.batches) == batches)
         await asyncio.sleep(0.05)
         assert len(backend.batches) == batches
         backend.gate.set()
         await task
 
-    run(work, backend, workers=2)
-    assert len(backend.batches) == 2
+    run(work, backend, workers=3)
+    assert len(backend.batches) == 3
+
+
+def test_a_group_goes_as_one_and_what_is_too_much_for_a_batch_is_shared_when_its_prompt_is_known() -> None:
+    backend = Fake(max_tokens=3000)
+
+    async def work(engine: Engine) -> None:
+        backend.gate.clear()
+        task = asyncio.ensure_future(engine.submit([item([i] * 1500, [3] * 1000) for i in range(6)]))
+        await until(lambda: len(backend.batches) == 1)
+        await asyncio.sleep(0.05)
+        assert len(backend.batches[0]) == 2 and len(backend.batches) == 1
+        backend.action = backend.gate.clear  # for those that come after it
+        backend.gate.set()
+        await until(lambda: len(backend.batches) == 3)
+        backend.action = None
+        backend.gate.set()
+        await task
+
+    run(work, backend, workers=2, batch_tokens=4096)
+    assert backend.alone[:3] == [True, False, False]
 
 
 def test_when_one_of_several_workers_dies_all_are_told() -> None:
