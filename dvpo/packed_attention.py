@@ -14,8 +14,11 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 ATTENTION = "dvpo_packed"
-_CPU_STEP = 64
-"""Tokens whose attention is computed at once. On a CPU, attention over a whole text also computes what it masks."""
+_STEP = 64
+_STEP_AFTER_PROMPT = 256
+"""Tokens whose attention is computed at once on a CPU, where attention over a whole text also computes what it masks.
+After a prompt, which all of them see, larger steps are as fast.
+"""
 # What models hand to an attention function beside the tensors, and what makes no difference to the result.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"}
 
@@ -41,18 +44,27 @@ class Segment:
     stop: int
     before: slice | Prefix | None = None
 
+    @property
+    def keys(self) -> int:
+        """Tokens that its last token sees."""
+        if isinstance(self.before, Prefix):
+            past = self.before.layers[0][0].shape[2]
+        else:
+            past = self.before.stop - self.before.start if self.before else 0
+        return past + self.stop - self.start
+
 
 @dataclass
 class Packing:
     """How a row is read by attention.
 
-    `kept` collects keys and values of the prompts that are to be kept; `masks` serve all layers, by their shapes.
+    `kept` collects keys and values of the prompts that are to be kept; `masks` serve all layers, by their rows.
     """
 
     segments: list[Segment] = field(default_factory=list)
     keep: dict[int, slice] = field(default_factory=dict)
     kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
     together: "_Together | None" = None
 
 
@@ -91,28 +103,28 @@ def _attention(
     strange = {name for name, given in others.items() if given is not None} - _HARMLESS
     if strange or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ValueError(f"this attention cannot be packed: {', '.join(sorted(strange)) or type(module).__name__}")
-    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     for index, place in packing.keep.items():
         pair = (key[:, :, place].clone(), value[:, :, place].clone())
         packing.kept.setdefault(index, []).append(pair)
     if _in_one_call(query):
         return _attend_together(query, key, value, scaling, packing, module.layer_idx), None
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     for segment in packing.segments:
         place = slice(segment.start, segment.stop)
         keys, values = key[:, :, place], value[:, :, place]
-        step = _CPU_STEP if query.device.type == "cpu" else segment.stop - segment.start
+        step = _STEP
         if segment.before is not None:
             if isinstance(segment.before, Prefix):
                 past = segment.before.layers[module.layer_idx]
             else:
                 past = (key[:, :, segment.before], value[:, :, segment.before])
             keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
-            step = segment.stop - segment.start
+            step = _STEP_AFTER_PROMPT
         later = keys.shape[2] - segment.stop  # from a token's place in the row to its place among the keys
         for start in range(segment.start, segment.stop, step):
             stop = min(start + step, segment.stop)
             seen = slice(0, stop + later)
-            attended = _attend(query[:, :, start:stop], keys[:, :, seen], values[:, :, seen], scaling, packing.masks)
+            attended = _attend(query[:, :, start:stop], keys[:, :, seen], values[:, :, seen], scaling, packing)
             output[:, start:stop] = attended.transpose(1, 2)
     return output, None
 
@@ -212,20 +224,23 @@ def _lay_out(packing: Packing, row: Tensor) -> _Together:
     )
 
 
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, masks: dict[tuple[int, int], Tensor]
-) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, packing: Packing) -> Tensor:
     """Attention of the last R tokens [1, heads, R, D] to C tokens, causally. Returns [1, heads, R, D].
 
     Query heads that share keys stand below one another as the rows of one head: larger products, the same numbers.
     """
     heads, rows = query.shape[1:3]
     sharing = heads // keys.shape[1]
-    shape = rows, keys.shape[2]
-    if shape not in masks:
-        masks[shape] = _mask(*shape, query).repeat(sharing, 1)
+    if rows not in packing.masks:
+        longest = max(segment.keys for segment in packing.segments)
+        packing.masks[rows] = _mask(rows, longest, query).repeat(sharing, 1)
+    mask = packing.masks[rows]
     found = functional.scaled_dot_product_attention(
-        query.reshape(1, keys.shape[1], sharing * rows, -1), keys, values, attn_mask=masks[shape], scale=scaling
+        query.reshape(1, keys.shape[1], sharing * rows, -1),
+        keys,
+        values,
+        attn_mask=mask[:, mask.shape[1] - keys.shape[2] :],  # its columns end with the last token seen
+        scale=scaling,
     )
     return found.reshape(1, heads, rows, -1)
 
