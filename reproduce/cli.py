@@ -302,6 +302,7 @@ def serve(
     gvm: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A value model; the small released one by default.")
     ] = None,
+    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model of an adapter.")] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="transformers or vllm.")] = "transformers",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32 or bfloat16.")] = "float32",
     exact: Annotated[
@@ -333,6 +334,7 @@ def serve(
 
     request = serve.Request(
         gvm=gvm,
+        base=base,
         backend=backend,
         dtype=dtype,
         exact=exact,

@@ -1,8 +1,6 @@
 """Checks a bundle: files, signature, tensors, and on demand its numbers."""
 
-import json
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.errors import InputError, StageError
-from dvpo.files import sha256_file, sha256_tree, write_json
+from dvpo.files import sha256_file, sha256_tree
+from reproduce.bundles.adapters import ADAPTER, on_base
 from reproduce.bundles.manifest import Difference, Manifest, Metric, check_files
 from reproduce.bundles.signing import check_signature
 
@@ -83,8 +82,7 @@ def _inputs(folder: Path, metric: Metric, digests: dict[str, Path]) -> dict[str,
 
 def _loadable(folder: Path, manifest: Manifest, base: Path | None, scratch: Path) -> Path:
     """The bundle itself, or a copy of an adapter that names the checked folder of its base model."""
-    adapter = folder / "adapter_config.json"
-    if manifest.base is None or not adapter.is_file():
+    if manifest.base is None or not (folder / ADAPTER).is_file():
         return folder
     if base is None:
         raise InputError(
@@ -93,11 +91,7 @@ def _loadable(folder: Path, manifest: Manifest, base: Path | None, scratch: Path
     for name, digest in manifest.base.files.items():
         if not (base / name).is_file() or sha256_file(base / name) != digest:
             raise InputError(f"{base / name}: not the file of {manifest.base.id}@{manifest.base.revision}")
-    copy = scratch / "model"
-    shutil.copytree(folder, copy)
-    config = json.loads(adapter.read_text(encoding="utf-8"))
-    write_json(copy / adapter.name, {**config, "base_model_name_or_path": str(base.resolve()), "revision": None})
-    return copy
+    return on_base(folder, base, scratch)
 
 
 def _again(metric: Metric, inputs: dict[str, Path], work: Path) -> Iterator[Measured]:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import socket
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import dvpo
 from dvpo.errors import InputError, StageError
+from reproduce.bundles.adapters import on_base
 
 if TYPE_CHECKING:
     from server.backends import Backend
@@ -25,6 +27,7 @@ class Request:
     """What was typed; see `dvpo serve --help`."""
 
     gvm: Path | None
+    base: Path | None
     backend: str
     dtype: str
     exact: bool
@@ -59,7 +62,9 @@ def run(request: Request) -> None:
     _one_of("--reward", request.reward, AGGREGATES)
     folder = _folder(request.gvm)
     keys = _keys(request)
-    with _listen(request.host, request.port) as listener:
+    with tempfile.TemporaryDirectory(prefix="dvpo-") as scratch, _listen(request.host, request.port) as listener:
+        if request.base is not None:
+            folder = on_base(folder, request.base, Path(scratch))
         _serve(request, folder, keys, listener)
 
 
@@ -111,7 +116,7 @@ def _serve(request: Request, folder: Path, keys: tuple[str, ...], listener: sock
             logs.logger().info(
                 "serving",
                 url=_url(listener),
-                gvm=str(folder),
+                gvm=str(request.gvm or RELEASED),
                 form=info.form,
                 backend=info.backend,
                 dtype=info.dtype,

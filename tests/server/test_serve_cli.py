@@ -16,7 +16,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from dvpo import models
+from dvpo.config import LoraSettings
+from dvpo.data.templates import encode
+from dvpo.values import score_all, unwrapped
 from reproduce import cli
 from reproduce.commands import serve as command
 
@@ -91,6 +96,31 @@ def test_a_reward_model_is_said_to_be_one(serve: Any, checkpoints: Any) -> None:
 
 
 @pytest.mark.slow
+def test_an_adapter_is_served_on_a_folder_of_its_base(serve: Any, checkpoints: Any, tmp_path: Path) -> None:
+    base = checkpoints["llama", "policy"]
+    model = models.load(base, "value", lora=LoraSettings(r=2, alpha=4), fresh_head=True)
+    torch.nn.init.normal_(models.head(unwrapped(model)).modules_to_save["default"].weight)
+    adapter = tmp_path / "adapter"
+    models.save(model, models.load_tokenizer(base), adapter)
+    expected = models.load(adapter, "value")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/base"}))
+    running = serve("--gvm", str(adapter), "--base", str(base))
+    messages = [{"role": "user", "content": ITEM["prompt"]}]
+    body = {"items": [{"messages": messages, "response": ITEM["response"]}]}
+    reply = httpx.post(f"{running.url}/score_tokens", json=body, timeout=30).json()
+    text = encode(models.load_tokenizer(base), messages, ITEM["response"])
+    [(_, values)] = score_all(expected, [text], 0)
+    assert reply["items"][0]["q"] == pytest.approx(values[1:].tolist(), abs=1e-5)
+    assert running.end() == 0
+
+
+def test_a_base_is_for_adapters(refused: Any, checkpoints: Any, tmp_path: Path) -> None:
+    refused("--base", str(tmp_path), words="not an adapter")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused("--gvm", str(tmp_path), "--base", str(tmp_path / "nowhere"), words="no such folder")
+
+
 def test_keys_guard_a_server_that_others_reach(serve: Any) -> None:
     running = serve("--host", "0.0.0.0", DVPO_API_KEYS="one-key,two-key")
     assert running.lines[0]["api_key_needed"]
