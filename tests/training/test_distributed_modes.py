@@ -144,9 +144,11 @@ def test_frozen_models_in_parts_say_the_same(trained) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_the_other_trainers_are_those_of_one_process(trained, kind: str, strategy: str) -> None:
     # Whole batches: on several processes TRL's trainers fill an epoch's last batch up with texts from its beginning.
-    one, two = trained(kind, batch_size=4), trained(kind, *on(strategy), batch_size=4)
-    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    assert difference(one, two) < 0.1 * VALUE["learning_rate"]
+    whole = {"batch_size": 4, "epochs": 1}
+    one, two = trained(kind, **whole), trained(kind, *on(strategy), **whole)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    # AdamW moves a weight whose gradient is rounding by as much as any other.
+    assert difference(one, two) < 0.5 * VALUE["learning_rate"]
 
 
 def test_an_adapter_under_zero3(trained) -> None:
