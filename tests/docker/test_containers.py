@@ -254,7 +254,7 @@ class TestReproduce:
         compose("run", "-d", "--name", name, "reproduce", *long)
         made = engine.containers.get(name)
         try:
-            wait_for(lambda: "spawn_main" in str(made.top()), 60)
+            wait_for(lambda: "spawn_main" in str(made.top(ps_args="-efww")), 60)
             started = time.monotonic()
             made.stop(timeout=30)
             assert time.monotonic() - started < 15
