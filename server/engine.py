@@ -25,8 +25,8 @@ from server.logs import frames_of, logger
 
 _DOUBT_SECONDS = 10.0
 """For how long the engine counts as failing after the model failed on a text, unless it scores another before."""
-_LEAST_SHARE = 1536
-"""Tokens: what waits is not spread over the workers more thinly than this."""
+_FAIR_SHARE = 1536
+"""Tokens: what waits is spread evenly over so many workers that each gets about this or more."""
 _WORTH_WAITING = 64
 """Tokens of a prompt: a text waits for a batch that computes a prompt of so many, instead of computing it again."""
 
@@ -251,8 +251,8 @@ class Engine:
                 break
             # What has to wait for one prompt cannot be shared by the workers, so it may as well go together.
             alone = not self._running and self._wait_for_one_prompt(waiting)
-            share = self._batch_tokens if alone else max(-(-cost_of(waiting) // self._workers), _LEAST_SHARE)
-            entries = choose(waiting, min(share, self._batch_tokens))
+            parts = 1 if alone else max(1, min(self._workers, round(cost_of(waiting) / _FAIR_SHARE)))
+            entries = choose(waiting, min(-(-cost_of(waiting) // parts), self._batch_tokens))
             for entry in entries:
                 self._remove(entry)
             alone = alone or not (self._running or self._waiting)
