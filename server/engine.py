@@ -25,7 +25,7 @@ from server.logs import frames_of, logger
 
 _DOUBT_SECONDS = 10.0
 """For how long the engine counts as failing after the model failed on a text, unless it scores another before."""
-_FAIR_SHARE = 1536
+_FAIR_SHARE = 384
 """Tokens: what waits is spread evenly over so many workers that each gets about this or more."""
 _WORTH_WAITING = 64
 """Tokens of a prompt: a text waits for a batch that computes a prompt of so many, instead of computing it again."""
