@@ -33,6 +33,7 @@ class Needs:
 RECIPES = (
     Needs("tiny"),
     Needs("small", 1, 8, 8, 10, weights="HuggingFaceTB/SmolLM2-135M-Instruct"),
+    Needs("small-gpu", 1, 79, 32, 10, weights="HuggingFaceTB/SmolLM2-135M-Instruct"),
     Needs("llama3.2-3b-base", 8, 79, 200, 500, True, "meta-llama/Llama-3.2-3B"),
     Needs("llama3-8b-base", 8, 79, 400, 1000, True, "meta-llama/Meta-Llama-3-8B"),
     Needs("mistral-7b-instruct", 8, 79, 400, 1000, True, "mistralai/Mistral-7B-Instruct-v0.2"),
@@ -78,9 +79,10 @@ def run(as_json: bool) -> None:
 
 
 def default_recipe(gpus_gb: list[float]) -> str:
-    """The recipe for a machine with these GPUs: the paper's on eight large ones, small on one, tiny on none."""
-    if sum(size >= 79 for size in gpus_gb) >= 8:
-        return "llama3-8b-base"
+    """The recipe for a machine with these GPUs: the paper's on eight large ones, a small one on fewer, tiny on none."""
+    large = sum(size >= 79 for size in gpus_gb)
+    if large:
+        return "llama3-8b-base" if large >= 8 else "small-gpu"
     return "small" if gpus_gb else "tiny"
 
 

@@ -105,6 +105,6 @@ def _data_shape(recipe: DataRecipe) -> Shape:
         return shapes.find(recipe.model)
     if recipe.hub is not None:
         return shapes.from_config(recipe.hub.config, recipe.hub.id, f"recipe {recipe.name}: hub.config")
-    if recipe.name == "small":
+    if recipe.name in ("small", "small-gpu"):
         return shapes.SHAPES["smollm2-135m"]
     raise InputError(f"recipe {recipe.name} names no model; say which with --model")

@@ -209,7 +209,7 @@ class TestLight:
         assert [default_recipe(g) for g in ([], [24.0], [85.0] * 7, [85.0] * 8)] == [
             "tiny",
             "small",
-            "small",
+            "small-gpu",
             "llama3-8b-base",
         ]
 
