@@ -17,7 +17,7 @@ ATTENTION = "dvpo_packed"
 _STEP = 64
 _STEP_AFTER_PROMPT = 256
 """Tokens whose attention is computed at once on a CPU, where attention over a whole text also computes what it masks.
-After a prompt, which all of them see, larger steps are as fast.
+After a prompt, which all of them see, little is masked, and a step only bounds the mask.
 """
 # What models hand to an attention function beside the tensors, and what makes no difference to the result.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"}

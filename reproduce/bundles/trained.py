@@ -26,17 +26,18 @@ def trained_stage(run: Path, stage_id: str) -> tuple[Path, dict[str, Any], str]:
         training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
         config = training["config"]
         start, settings, seed = config["start"], config["settings"], config["seed"]
-    except (OSError, ValueError, KeyError) as error:
+        kind, data = training["kind"], training["data_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: no {TRAINING} of `dvpo train` is there; put that folder back") from error
     if not Path(start).is_dir():
         raise InputError(f"{start}: the base model of {folder} is not there; put that folder back")
     manifest = {
         "id": stage_id,
-        "stage": training["kind"],
-        "key": sha256_json({"config": config, "data_sha256": training["data_sha256"]}),
+        "stage": kind,
+        "key": sha256_json({"config": config, "data_sha256": data}),
         "settings": settings,
         "seeds": [seed],
-        "inputs": {"start": sha256_tree(Path(start)), "data": training["data_sha256"]},
+        "inputs": {"start": sha256_tree(Path(start)), "data": data},
         "outputs": {p.relative_to(folder).as_posix(): sha256_file(p) for p in list_files(folder)},
         # Older folders do not say these.
         "git_commit": training.get("git_commit", "unknown"),

@@ -63,10 +63,10 @@ def test_a_run_measures_it_and_releases_it(dvpo: Any, checkpoints: Any, trained:
     for stage, word in (("trained/rm", "trained.rm"), ("trained/", "trained.")):
         outcome = dvpo("release", run, "--stage", stage, "--out", tmp_path / "other", *BASE)
         assert (outcome.code, word in outcome.err) == (2, True)
-    (trained / "training.json").unlink()
-    outcome = dvpo("release", run, "--stage", "trained/gvm", "--out", tmp_path / "other", *BASE)
-    assert outcome.code == 2
-    assert "training.json" in outcome.err
+    for damaged in ("{}", '{"config": 1}', "no JSON"):
+        (trained / "training.json").write_text(damaged)
+        outcome = dvpo("release", run, "--stage", "trained/gvm", "--out", tmp_path / "other", *BASE)
+        assert (outcome.code, "training.json" in outcome.err) == (2, True)
 
 
 @pytest.mark.parametrize(
