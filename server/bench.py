@@ -86,13 +86,20 @@ def distinct_texts(source: Source, count: int = 64, clients: int = 16) -> Worklo
 
 
 def shared_prompts(source: Source, clients: int = 4) -> Workload:
-    """Groups of 8 responses of about 100 tokens to a prompt of 512 tokens, one group a request; at least 4 groups."""
-    count = max(4, clients)
+    """4 to 8 groups of 8 responses of about 100 tokens to a prompt of 512 tokens.
+
+    A request is a group, or a part of one where there are more clients than groups.
+    """
+    count = min(8, max(4, clients))
+    size = max(1, min(8, 8 * count // clients))
     requests = []
     for _ in range(count):
         prompt = source.take(512)
-        requests.append([Encoded(prompt, source.take(source.near(100))) for _ in range(8)])
+        group = [Encoded(prompt, source.take(source.near(100))) for _ in range(8)]
+        requests += [group[start : start + size] for start in range(0, 8, size)]
     what = f"{count} groups of 8 responses of about 100 tokens to a prompt of 512"
+    if size < 8:
+        what += f", {size} a request"
     return Workload(f"{what}, {_clients(clients)}", clients, requests)
 
 
@@ -134,8 +141,8 @@ def against_vllm(
 
 
 def _single(clients: Sequence[int]) -> list[Callable[[Source], Workload]]:
-    """Workloads of single texts; several texts for each of many clients."""
-    return [partial(distinct_texts, count=max(64, 2 * n), clients=n) for n in clients or (16,)]
+    """Workloads of single texts: 4 for each client, and no fewer than 16 nor more than 128."""
+    return [partial(distinct_texts, count=min(128, max(16, 4 * n)), clients=n) for n in clients or (16,)]
 
 
 def compare(

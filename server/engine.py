@@ -27,6 +27,8 @@ _DOUBT_SECONDS = 10.0
 """For how long the engine counts as failing after the model failed on a text, unless it scores another before."""
 _FAIR_SHARE = 384
 """Tokens: what waits is spread evenly over so many workers that each gets about this or more."""
+_PATIENCE = 0.02
+"""Of the time that a batch will take: for so long an idle engine waits for more texts, to divide them well."""
 _WORTH_WAITING = 64
 """Tokens of a prompt: a text waits for a batch that computes a prompt of so many, instead of computing it again."""
 
@@ -127,7 +129,8 @@ class Engine:
         self._waiting: dict[Waiting, None] = {}  # in the order of arrival
         self._waiting_tokens = 0
         self._running: dict[int, _Running] = {}
-        self._computed: set[bytes] = set()  # prompts of waiting texts that a batch has computed
+        self._computed: set[bytes] = set()  # prompts of waiting texts that a batch has computed and the backend keeps
+        self._gathering: asyncio.TimerHandle | None = None
         self._batches = 0
         self._rate = 0.0
         self._stopping = False
@@ -182,7 +185,7 @@ class Engine:
             entry = Waiting(item, request, position, length_of(item), repr(item.prompt_ids).encode())
             self._waiting[entry] = None
             self._waiting_tokens += entry.tokens
-        self._next_batches()
+        self._begin_soon()
         try:
             await request.done
         except asyncio.CancelledError:
@@ -243,16 +246,29 @@ class Engine:
         else:
             self._idle.set()
 
+    def _begin_soon(self) -> None:
+        """Begins what waits; an idle engine whose speed is known first gives company the time to come."""
+        self._note_idle()
+        if self._running or not self._rate:
+            self._next_batches()
+        elif self._gathering is None:
+            loop = asyncio.get_running_loop()
+            self._gathering = loop.call_later(_PATIENCE * self._waiting_tokens / self._rate, self._next_batches)
+
     def _next_batches(self) -> None:
         """Hands a batch to every worker that has none, as long as something waits."""
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
         while len(self._running) < self._workers and self._death is None:
             waiting = self._ready()
             if not waiting or any(batch.alone for batch in self._running.values()):
                 break
             # What has to wait for one prompt cannot be shared by the workers, so it may as well go together.
             alone = not self._running and self._wait_for_one_prompt(waiting)
-            parts = 1 if alone else max(1, min(self._workers, round(cost_of(waiting) / _FAIR_SHARE)))
-            entries = choose(waiting, min(-(-cost_of(waiting) // parts), self._batch_tokens))
+            cost = cost_of(waiting, self._computed)
+            parts = 1 if alone else max(1, min(self._workers, round(cost / _FAIR_SHARE)))
+            entries = choose(waiting, -(-cost // parts), self._batch_tokens, self._computed)
             for entry in entries:
                 self._remove(entry)
             alone = alone or not (self._running or self._waiting)
@@ -296,7 +312,8 @@ class Engine:
                 entry.request.missing -= 1
                 if not entry.request.missing:
                     _settle(entry.request, None)
-            self._computed |= {entry.prompt for entry in batch}
+            if self._backend.keeps_prompts:
+                self._computed |= {entry.prompt for entry in batch}
         self._computed &= {entry.prompt for entry in self._waiting}
         self._next_batches()
         if self._on_batch is not None:

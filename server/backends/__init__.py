@@ -41,10 +41,14 @@ class Scored:
 
 
 class Backend(Protocol):
-    """Scores texts. Called from at most `workers` threads at a time."""
+    """Scores texts. Called from at most `workers` threads at a time.
+
+    keeps_prompts: what is computed of a prompt is kept for the texts that follow with it.
+    """
 
     info: ModelInfo
     workers: int
+    keeps_prompts: bool
 
     def score(self, items: Sequence[Encoded], *, alone: bool = True) -> list[Scored]:
         """Values of every text, in order. Any company gives the same values (the bound is the backend's to state).

@@ -105,6 +105,7 @@ class TransformersBackend:
         self._packs = can_pack(self._model)
         self._one_by_one = exact or _scales_with_length(self._model.config)
         self.cache = PrefixCache(0 if self._one_by_one or not self._packs else cache_bytes)
+        self.keeps_prompts = self.cache.most_bytes > 0
         found = identity(folder, tokenizer)
         self._weights = bytes.fromhex(found.weights_sha256)
         form = loaded.form if self._packs else f"{loaded.form}; prompts are not kept, its attention does not allow it"
@@ -152,9 +153,7 @@ class TransformersBackend:
         for key, indices in members.items():
             responses = [items[i].response_ids for i in indices]
             # A prompt seen once is kept too: the rest of its group may come in requests of their own.
-            groups.append(
-                Group(items[indices[0]].prompt_ids, responses, self.cache.get(key), keep=self.cache.most_bytes > 0)
-            )
+            groups.append(Group(items[indices[0]].prompt_ids, responses, self.cache.get(key), keep=self.keeps_prompts))
         found, kept = packed_values(self._model, groups)
         values: list[Tensor] = [torch.empty(0)] * len(items)
         cached = [0] * len(items)

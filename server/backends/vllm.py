@@ -70,6 +70,7 @@ class VllmBackend:
         self._prompt = TokensPrompt
         self._parameters = PoolingParams(task="token_classify", use_activation=False)
         self.workers = 1  # vLLM makes its own batches
+        self.keeps_prompts = False  # it reads none of them for values of tokens
         self._count = 0
         # The engine belongs to one event loop; `score` is called from a thread that has none.
         self._loop = asyncio.new_event_loop()

@@ -30,7 +30,7 @@ class Gated:
     """A backend that can be held up, and counts the texts it was asked for."""
 
     def __init__(self, inner: Any) -> None:
-        self.inner, self.info = inner, inner.info
+        self.inner, self.info, self.keeps_prompts = inner, inner.info, inner.keeps_prompts
         self.open = threading.Event()
         self.open.set()
         self.seen: list[Encoded] = []

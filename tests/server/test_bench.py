@@ -38,6 +38,9 @@ def test_workloads_are_what_they_say(tokenizer) -> None:
         assert len({tuple(t.prompt_ids) for t in request}) == 1 and len(request) == 8
         assert all(len(t.prompt_ids) == 512 and 67 <= len(t.response_ids) <= 133 for t in request)
     assert len({tuple(r[0].prompt_ids) for r in shared.requests}) == 4
+    for clients, requests, texts in ((1, 4, 8), (6, 6, 8), (16, 16, 4), (64, 64, 1), (200, 64, 1)):
+        parts = shared_prompts(Source(tokenizer), clients).requests
+        assert len(parts) == requests and {len(part) for part in parts} == {texts}
     special = set(tokenizer.all_special_ids)
     assert not special & {i for t in distinct.texts for i in t.prompt_ids + t.response_ids}
 

@@ -24,6 +24,7 @@ class Fake:
 
     def __init__(self, max_tokens: int = 1000) -> None:
         self.info = ModelInfo("gvm", "fake", "0", "0", "float32", "fake", max_tokens)
+        self.keeps_prompts = True
         self.batches: list[list[Encoded]] = []
         self.alone: list[bool] = []
         self.gate = threading.Event()
@@ -376,6 +377,42 @@ def test_a_group_goes_as_one_and_what_is_too_much_for_a_batch_is_shared_when_its
 
     run(work, backend, workers=2, batch_tokens=4096)
     assert backend.alone[:3] == [True, False, False]
+
+
+def test_an_idle_engine_that_knows_its_speed_waits_a_little_for_company() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        backend.action = lambda: time.sleep(0.2)
+        await engine.submit([item([1])])
+        backend.batches.clear()
+        tasks = [asyncio.ensure_future(engine.submit([item([i])])) for i in range(3)]
+        await asyncio.gather(*tasks)
+
+    run(work, backend)
+    assert [len(batch) for batch in backend.batches] == [3]
+
+
+def test_what_came_before_a_stop_is_scored_though_nothing_has_begun() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        backend.action = lambda: time.sleep(0.2)
+        await engine.submit([item([1])])
+        task = asyncio.ensure_future(engine.submit([item([2]), item([3])]))
+        await asyncio.sleep(0)
+        assert len(backend.batches) == 1
+        await engine.stop()
+        assert [s.values_S[1] for s in (await task).scored] == [2, 3]
+
+    run(work, backend)
+
+
+def test_a_prompt_that_the_backend_does_not_keep_is_counted_again() -> None:
+    backend = Fake(max_tokens=3000)
+    backend.keeps_prompts = False
+    run(lambda engine: engine.submit([item([i] * 100, [3] * 1000) for i in range(12)]), backend, batch_tokens=1400)
+    assert [len(batch) for batch in backend.batches] == [4, 4, 4]
 
 
 def test_when_one_of_several_workers_dies_all_are_told() -> None:
