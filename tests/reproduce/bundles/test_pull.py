@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -101,11 +102,15 @@ class TestPull:
     def test_a_cut_download_goes_on(self, dvpo: Any, made: Path, tmp_path: Path, web: Web) -> None:
         web.cut = {"/model.safetensors": [10_000] * sources.ATTEMPTS, "/manifest.json": [100]}
         out = tmp_path / "deep" / "out"
-        dvpo("pull", web.url, "--out", out).differs(f"after {10_000 * sources.ATTEMPTS} bytes", "run the same command")
+        first = dvpo("pull", web.url, "--out", out)
+        first.differs("bytes; run the same command to go on")
         assert not out.exists()
+        # A busy machine may lose a whole attempt: what counts is that nothing of what arrived is asked for again.
+        have = int(re.search(r"after (\d+) bytes", first.err)[1])  # type: ignore[index]
+        assert have in range(10_000, 10_000 * sources.ATTEMPTS + 1, 10_000)
         web.asked.clear()
         assert dvpo("pull", web.url, "--out", out).code == 0
-        assert ("/model.safetensors", f"bytes={10_000 * sources.ATTEMPTS}-") in web.asked
+        assert ("/model.safetensors", f"bytes={have}-") in web.asked
         assert not [name for name, _ in web.asked if name == "/config.json"]
         assert sha256_tree(out) == sha256_tree(made)
         assert [p.name for p in out.parent.iterdir()] == ["out"]
