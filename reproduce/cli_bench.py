@@ -86,3 +86,13 @@ def bench_growth(rounds: Rounds = 3, as_json: Json = False) -> None:
     from reproduce.commands import bench
 
     bench.growth(rounds, as_json)
+
+
+@bench_app.command("draw")
+def bench_draw(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of results, as --json prints them.")],
+) -> None:
+    """Draw one page, DIR/bench.html, of the results in a folder."""
+    from reproduce.commands import bench
+
+    bench.draw(folder)

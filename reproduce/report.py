@@ -300,7 +300,7 @@ def _pictures(prefix: str, figure: Mapping[str, Any]) -> list[Any]:
     pictures = []
     for part, path in enumerate(shown(figure["files"])):
         if path.suffix == ".svg":
-            pictures.append(Markup(_inline_svg(path.read_text(encoding="utf-8"), f"{prefix}-{part}-")))
+            pictures.append(Markup(inline_svg(path.read_text(encoding="utf-8"), f"{prefix}-{part}-")))
         else:
             data = base64.b64encode(path.read_bytes()).decode("ascii")
             image = Markup('<img alt="{}" src="data:image/png;base64,{}">')
@@ -308,7 +308,7 @@ def _pictures(prefix: str, figure: Mapping[str, Any]) -> list[Any]:
     return pictures
 
 
-def _inline_svg(text: str, prefix: str) -> str:
+def inline_svg(text: str, prefix: str) -> str:
     """An SVG file's element, fit to stand in a page beside others: its ids get the prefix.
 
     Namespaces, which a page does not need, and metadata go: they are the only addresses of other sites in it.

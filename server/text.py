@@ -51,6 +51,7 @@ class Codec:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.vocabulary = len(tokenizer)
+        self._spelt: dict[int, bytes] = {}  # what was asked for; no more than the vocabulary
 
     def prompt_ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """A plain text. Special tokens are added only if asked for, and never a BOS before one that the text has."""
@@ -127,10 +128,15 @@ class Codec:
         return {i: token.content for i, token in self._tokenizer.added_tokens_decoder.items()}
 
     def _bytes(self, token: int) -> bytes:
+        if (known := self._spelt.get(token)) is not None:
+            return known
         if token in self._added:
-            return self._added[token].encode()
-        letters = self._tokenizer.convert_ids_to_tokens(token) or ""
-        return bytes(self._byte_of_letter[letter] for letter in letters if letter in self._byte_of_letter)
+            spelt = self._added[token].encode()
+        else:
+            letters = self._tokenizer.convert_ids_to_tokens(token) or ""
+            spelt = bytes(self._byte_of_letter[letter] for letter in letters if letter in self._byte_of_letter)
+        self._spelt[token] = spelt
+        return spelt
 
     def _from_stream(self, ids: Sequence[int]) -> Shown:
         """For every other vocabulary: the library decodes token by token, and holds back what is no whole character."""
@@ -182,8 +188,10 @@ def _from_bytes(pieces: Sequence[bytes]) -> Shown:
     return Shown(text, tokens, offsets)
 
 
-def _characters(data: bytes) -> tuple[str, list[int]]:
+def _characters(data: bytes) -> tuple[str, Sequence[int]]:
     """The text, and for every byte the index of the character it is part of. Broken sequences become U+FFFD."""
+    if data.isascii():
+        return data.decode(), range(len(data))
     parts: list[str] = []
     owner: list[int] = []
 

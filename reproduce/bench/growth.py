@@ -17,7 +17,7 @@ from dvpo.data.pairs import EncodedPair
 from dvpo.data.records import Message
 from dvpo.data.templates import Encoded
 from reproduce.bench import gvm, policy
-from reproduce.bench.common import Job, Row, column, in_turns, machine, peak, spread
+from reproduce.bench.common import Job, Row, column, in_turns, peak, spread
 
 KINDS = ("gvm", "dvpo", "ppo")
 VOCABULARY = 8192
@@ -64,7 +64,7 @@ def measure(rounds: int) -> dict[str, Any]:
                     for number, point in enumerate(places)
                 ]
     fits = [_fit(kind, axis, what, points) for kind in KINDS for axis in AXES for what in ("seconds", "memory_mb")]
-    return {"precision": "float32", "rounds": rounds, "points": points, "fits": fits, "machine": machine()}
+    return {"precision": "float32", "rounds": rounds, "points": points, "fits": fits}
 
 
 @dataclass(frozen=True)

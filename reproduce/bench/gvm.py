@@ -13,7 +13,7 @@ from typing import Any
 
 from dvpo.data.pairs import EncodedPair
 from dvpo.errors import InputError
-from reproduce.bench.common import Job, Row, Turns, column, in_turns, load_libraries, machine, peak, ratio, spread
+from reproduce.bench.common import Job, Row, Turns, column, in_turns, load_libraries, peak, ratio, spread
 
 PAIRS = 64
 BATCH_PAIRS = 4
@@ -94,7 +94,7 @@ def document(work: Work, rows: dict[str, list[Row]]) -> dict[str, Any]:
             speeds = [_speeds(work, rows[name], what) for name in ("ours", other)]
             found[f"{what}_per_second_ratio"] = ratio(*speeds)
         found["memory_ratio"] = peak(rows["ours"]) / peak(rows[other])
-    return {**found, "machine": machine()}
+    return found
 
 
 def train_ours(turns: Turns, work: Work) -> None:

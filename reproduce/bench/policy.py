@@ -26,7 +26,6 @@ from reproduce.bench.common import (
     finish,
     in_turns,
     load_libraries,
-    machine,
     peak,
     ratio,
     spread,
@@ -138,7 +137,7 @@ def document(work: Work, rows: dict[str, list[Row]]) -> dict[str, Any]:
             "seconds": ratio(column(rows[mine], "seconds"), column(rows[other], "seconds")),
             "memory": peak(rows[mine]) / peak(rows[other]),
         }
-    return {**found, "machine": machine()}
+    return found
 
 
 def update_ours(turns: Turns, work: Work, method: str) -> None:

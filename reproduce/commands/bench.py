@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from dvpo.errors import InputError
+from reproduce.bench import page
+from reproduce.bench.common import machine
 from reproduce.commands.common import print_json, require_checkpoint, table_text
 
 _SERVE = (sys.executable, "-m", "reproduce.cli", "serve")
@@ -32,10 +34,8 @@ def server(
     kind: Literal["float32", "bfloat16"] = "float32" if dtype == "float32" else "bfloat16"
     compare = bench.against_bare if against == "bare" else bench.against_vllm
     result = compare(_SERVE, gvm, kind, text, rounds, clients)
-    if as_json:
-        print_json(result)
-    else:
-        print(_text(result))
+    given = {"gvm": gvm, "against": against, "dtype": dtype, "text": text}
+    _print(page.server, _signed(result, "server", **given, clients=clients, rounds=rounds), as_json)
 
 
 def gvm(model: Path, data: str, against: str | None, dtype: str, batch_pairs: int, rounds: int, as_json: bool) -> None:
@@ -48,24 +48,7 @@ def gvm(model: Path, data: str, against: str | None, dtype: str, batch_pairs: in
 
     result = bench.measure(model, data, against, dtype == "bfloat16", rounds, batch_pairs)
     given = {"model": model, "data": data, "against": against, "dtype": dtype, "batch-pairs": batch_pairs}
-    result["command"] = _command("gvm", **given, rounds=rounds)
-    if as_json:
-        print_json(result)
-        return
-    rows = [
-        (
-            name,
-            _spread(row["tokens_per_second"], 0),
-            _spread(row["texts_per_second"], 2),
-            f"{row['computed_per_token']['median']:.2f}",
-            f"{row['memory_mb']:.0f}",
-        )
-        for name, row in result["trainers"].items()
-    ]
-    print(table_text(("trainer", "tokens/s", "texts/s", "computed per token", "peak memory, MB"), rows))
-    if against:
-        speeds = [f"{_spread(result[f'{what}_per_second_ratio'], 2)} by {what}" for what in ("tokens", "texts")]
-        print(f"ours / {against}: speed {', '.join(speeds)}; memory {result['memory_ratio']:.2f}")
+    _print(page.gvm, _signed(result, "gvm", **given, rounds=rounds), as_json)
 
 
 def policy(
@@ -84,22 +67,7 @@ def policy(
     result = bench.measure(start, gvm, reward, prompts, against, dtype == "bfloat16", rounds, **size)
     given = {"start": start, "gvm": gvm, "reward": reward, "prompts": prompts, "against": against, "dtype": dtype}
     given |= {"prompts-per-update": prompts_per_update, "max-new-tokens": max_new_tokens}
-    result["command"] = _command("policy", **given, rounds=rounds)
-    if as_json:
-        print_json(result)
-        return
-    rows = [
-        (
-            name,
-            _spread(row["seconds"], 2),
-            f"{row['memory_mb']:.0f}",
-            ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in row["phases"].items() if seconds >= 0.005),
-        )
-        for name, row in result["methods"].items()
-    ]
-    print(table_text(("method", "seconds", "peak memory, MB", "where the time goes"), rows, left=(0, 3)))
-    for name, row in result["ratios"].items():
-        print(f"{name}: {_spread(row['seconds'], 2)} of the time, {row['memory']:.2f} of the memory")
+    _print(page.policy, _signed(result, "policy", **given, rounds=rounds), as_json)
 
 
 def growth(rounds: int, as_json: bool) -> None:
@@ -107,15 +75,12 @@ def growth(rounds: int, as_json: bool) -> None:
     _prepare()
     from reproduce.bench import growth as bench
 
-    result = {**bench.measure(rounds), "command": _command("growth", rounds=rounds)}
-    if as_json:
-        print_json(result)
-        return
-    rows = [
-        (fit["kind"], fit["axis"], fit["what"], f"{fit['exponent']:.2f}", f"{fit['largest_error']:.0%}")
-        for fit in result["fits"]
-    ]
-    print(table_text(("training", "grows with", "what", "exponent", "largest error"), rows, left=(0, 1, 2)))
+    _print(page.growth, _signed(bench.measure(rounds), "growth", rounds=rounds), as_json)
+
+
+def draw(folder: Path) -> None:
+    """Draws the page of a folder's results and prints where it is. Raises InputError where there are none."""
+    print(f"drawn: {page.write(folder)}")
 
 
 def _prepare() -> None:
@@ -125,10 +90,23 @@ def _prepare() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 
-def _command(kind: str, **options: Any) -> str:
-    """What was asked for, with the last part of every path: where things lie is this machine's own."""
-    given = [f"--{name} {Path(str(value)).name}" for name, value in options.items() if value is not None]
-    return " ".join(["dvpo bench", kind, *given])
+def _signed(result: dict[str, Any], kind: str, **options: Any) -> dict[str, Any]:
+    """With the command and the machine. Of a path only its last part: where things lie is this machine's own."""
+    words = ["dvpo bench", kind]
+    for name, value in options.items():
+        values = value if isinstance(value, tuple | list) else [value]
+        words += [f"--{name} {Path(str(one)).name}" for one in values if one is not None]
+    return {**result, "command": " ".join(words), "machine": machine()}
+
+
+def _print(show: Callable[[dict[str, Any]], page.Shown], result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    shown = show(result)
+    print(table_text(shown.head, shown.rows))
+    for note in shown.notes:
+        print(note)
 
 
 def _require_trl(against: str | None) -> None:
@@ -139,32 +117,3 @@ def _require_trl(against: str | None) -> None:
 def _require_dtype(dtype: str) -> None:
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {dtype}: unknown; choose float32 or bfloat16")
-
-
-def _text(result: dict[str, Any]) -> str:
-    other = result["against"]
-    lines = [
-        f"{result['dtype']}, {result['cores']} cores, {result['rounds']} rounds in turns; median (range); "
-        f"largest difference of a value {result['largest_difference']:.1e}"
-    ]
-    rows = [
-        (
-            row["workload"],
-            *(_spread(row[name], 0) for name in ("ours_tokens_per_second", "other_tokens_per_second")),
-            _spread(row["ratio"], 2),
-            *(_waits(row[name]) for name in ("ours_seconds", "other_seconds")),
-        )
-        for row in result["workloads"]
-    ]
-    heads = ("workload", "server, tokens/s", f"{other}, tokens/s", f"server / {other}")
-    lines.append(table_text((*heads, "server, p50 and p99 s", f"{other}, p50 and p99 s"), rows))
-    return "\n".join(lines)
-
-
-def _waits(seconds: dict[str, float] | None) -> str:
-    return "" if seconds is None else f"{seconds['p50']:.2f}, {seconds['p99']:.2f}"
-
-
-def _spread(numbers: dict[str, float], digits: int) -> str:
-    median, low, high = (f"{numbers[name]:.{digits}f}" for name in ("median", "low", "high"))
-    return f"{median} ({low}-{high})"
