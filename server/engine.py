@@ -128,16 +128,17 @@ class Engine:
         self._on_batch = on_batch
         self._waiting: dict[Waiting, None] = {}  # in the order of arrival
         self._waiting_tokens = 0
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, _Running] = {}  # by worker
         self._computed: set[bytes] = set()  # prompts of waiting texts that a batch has computed and the backend keeps
         self._gathering: asyncio.TimerHandle | None = None
-        self._batches = 0
         self._rate = 0.0
         self._stopping = False
         self._death: str | None = None
         self._hangs = False
         self._failed_at = -math.inf
-        self._inbox: queue.SimpleQueue[tuple[int, list[Encoded], bool] | None] = queue.SimpleQueue()
+        self._inboxes: list[queue.SimpleQueue[tuple[list[Encoded], bool] | None]] = [
+            queue.SimpleQueue() for _ in range(workers)
+        ]
         self._idle = asyncio.Event()
         self._idle.set()
         self._threads: list[threading.Thread] = []
@@ -163,7 +164,7 @@ class Engine:
         """Starts the worker threads. Call it on the running event loop."""
         self._loop = asyncio.get_running_loop()
         for number in range(self._workers):
-            thread = threading.Thread(target=self._work, name=f"scoring-{number}", daemon=True)
+            thread = threading.Thread(target=self._work, args=(number,), name=f"scoring-{number}", daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -200,8 +201,8 @@ class Engine:
         self._stopping = True
         await self._idle.wait()
         if self._threads and not self._hangs:
-            for _ in self._threads:
-                self._inbox.put(None)
+            for inbox in self._inboxes:
+                inbox.put(None)
             for thread in self._threads:
                 await asyncio.to_thread(thread.join)
             self._threads = []
@@ -260,7 +261,9 @@ class Engine:
         if self._gathering is not None:
             self._gathering.cancel()
             self._gathering = None
-        while len(self._running) < self._workers and self._death is None:
+        # A batch that has the machine for itself goes to the first worker every time: the backend's own threads follow
+        # the worker that started them, and more of them than cores would sleep at every step.
+        while (free := [n for n in range(self._workers) if n not in self._running]) and self._death is None:
             waiting = self._ready()
             if not waiting or any(batch.alone for batch in self._running.values()):
                 break
@@ -272,10 +275,9 @@ class Engine:
             for entry in entries:
                 self._remove(entry)
             alone = alone or not (self._running or self._waiting)
-            self._batches += 1
             watchdog = asyncio.get_running_loop().call_later(self._batch_seconds, self._hung)
-            self._running[self._batches] = _Running(entries, alone, watchdog)
-            self._inbox.put((self._batches, [entry.item for entry in entries], alone))
+            self._running[free[0]] = _Running(entries, alone, watchdog)
+            self._inboxes[free[0]].put(([entry.item for entry in entries], alone))
         self._note_idle()
 
     def _ready(self) -> list[Waiting]:
@@ -291,11 +293,11 @@ class Engine:
         new = len(first.item.prompt_ids) >= _WORTH_WAITING and first.prompt not in self._computed
         return new and all(entry.prompt == first.prompt for entry in waiting)
 
-    def _finish(self, number: int, outcome: list[Scored] | Exception, seconds: float) -> None:
-        """Takes the outcome of a batch, on the event loop."""
-        if number not in self._running:  # it came after the engine gave up, and those who waited have been told
+    def _finish(self, worker: int, outcome: list[Scored] | Exception, seconds: float) -> None:
+        """Takes the outcome of a worker's batch, on the event loop."""
+        if worker not in self._running:  # it came after the engine gave up, and those who waited have been told
             return
-        running = self._running.pop(number)
+        running = self._running.pop(worker)
         running.watchdog.cancel()
         batch = running.entries
         for request in {entry.request for entry in batch}:
@@ -371,12 +373,12 @@ class Engine:
         self._running, self._waiting, self._waiting_tokens = {}, {}, 0
         self._note_idle()
 
-    def _work(self) -> None:
+    def _work(self, worker: int) -> None:
         """A worker thread: batches in, outcomes out, until it is handed None."""
         reason = "it ended"
         try:
-            while (handed := self._inbox.get()) is not None:
-                number, batch, alone = handed
+            while (handed := self._inboxes[worker].get()) is not None:
+                batch, alone = handed
                 began = time.monotonic()
                 outcome: list[Scored] | Exception
                 try:
@@ -385,7 +387,7 @@ class Engine:
                         outcome = RuntimeError(f"the backend gave {len(outcome)} results for {len(batch)} texts")
                 except Exception as error:
                     outcome = error
-                self._tell(self._finish, number, outcome, time.monotonic() - began)
+                self._tell(self._finish, worker, outcome, time.monotonic() - began)
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
         finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.errors import StageError
-from reproduce import provenance
+from reproduce import process_memory, provenance
 from reproduce.commands.common import quiet
 
 Row = dict[str, float]
@@ -166,22 +166,20 @@ def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        process_memory.reset_peak()
 
 
 def _held_mb() -> float:
     import torch
 
-    return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else _kilobytes("VmRSS") / 1024
+    return (
+        torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else process_memory.resident_bytes() / 2**20
+    )
 
 
 def _peak_mb() -> float:
     import torch
 
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _kilobytes("VmHWM") / 1024
-
-
-def _kilobytes(field: str) -> int:
-    """A line of this process's /proc status. (getrusage's peak would count the parent's memory in, through exec.)"""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return (
+        torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else process_memory.peak_bytes() / 2**20
+    )

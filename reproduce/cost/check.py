@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.config import PolicySettings
+from reproduce import process_memory
 from reproduce.cost import memory, shapes, timing
 from reproduce.cost.hardware import GIB, Cluster, Device
 from reproduce.cost.planner import Stage, Wish, job_of, setup_of
@@ -119,8 +120,8 @@ def _measure(parent: Connection, folders: dict[str, Path], method: str, updates:
     prompts = [({"role": "user", "content": " ".join(words[i : i + 24])},) for i in range(8)]
     models.load(folders["policy"], "policy")  # dropped: the library loads an architecture's code at its first use
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _gib("VmRSS")
+    process_memory.reset_peak()
+    before = process_memory.resident_bytes()
     frozen = Frozen(folders["value"], folders["reward"])
     trainer: Any = OnlineTrainer(folders["policy"], frozen, prompts, settings(method), 0)
     generating, lengths = [0.0], [0, 0]
@@ -145,16 +146,10 @@ def _measure(parent: Connection, folders: dict[str, Path], method: str, updates:
     parent.send({
         "seconds": statistics.median(totals[1:]),
         "generate_seconds": statistics.median(parts[1:]),
-        "memory_gib": _gib("VmHWM") - before,
+        "memory_gib": (process_memory.peak_bytes() - before) / GIB,
         "prompt_tokens": lengths[0],
         "response_tokens": lengths[1],
     })  # fmt: skip
-
-
-def _gib(field: str) -> float:
-    """A line of this process's /proc status."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / GIB
 
 
 def _median(run: Any, times: int) -> float:

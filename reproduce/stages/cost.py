@@ -13,6 +13,7 @@ from typing import Any
 from dvpo.config import PolicySettings
 from dvpo.data.records import load_examples
 from dvpo.files import write_json
+from reproduce import process_memory
 from reproduce.pipeline import Context
 
 
@@ -102,8 +103,8 @@ def _measure(parent: Connection, inputs: dict[str, Path], split: str, settings: 
     gc.collect()
     parent.send("ready")
     updates = parent.recv()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _kilobytes("VmRSS")
+    process_memory.reset_peak()
+    before = process_memory.resident_bytes()
     trainer = OnlineTrainer(inputs["start"], frozen, prompts, settings, seed)
     while True:
         spent, started = dict(trainer.seconds), time.perf_counter()
@@ -111,11 +112,5 @@ def _measure(parent: Connection, inputs: dict[str, Path], split: str, settings: 
             trainer.step()
         row = {"seconds": (time.perf_counter() - started) / updates}
         row |= {phase: (trainer.seconds[phase] - spent[phase]) / updates for phase in spent}
-        parent.send({**row, "memory_mb": (_kilobytes("VmHWM") - before) / 1024})
+        parent.send({**row, "memory_mb": (process_memory.peak_bytes() - before) / 2**20})
         updates = parent.recv()
-
-
-def _kilobytes(field: str) -> int:
-    """A line of this process's /proc status. (getrusage's peak would count the parent's memory in, through exec.)"""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
