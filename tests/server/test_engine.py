@@ -312,7 +312,7 @@ def test_workers_take_a_fair_share_each_and_run_at_the_same_time() -> None:
 
     run(work, backend, workers=2, batch_tokens=4096)
     # 4,500 tokens wait: half of them for the first. Of the rest, half for the second, and again half.
-    assert [len(batch) for batch in backend.batches[:3]] == [4, 2, 1]
+    assert sorted(map(len, backend.batches[:2])) == [2, 4] and len(backend.batches[2]) == 1
     assert not any(backend.alone[:2])
 
 
@@ -320,7 +320,7 @@ def test_workers_take_a_fair_share_each_and_run_at_the_same_time() -> None:
 def test_a_little_more_than_a_share_is_one_batch_and_more_is_divided_evenly(texts: int, batches: list[int]) -> None:
     backend = Fake()
     run(lambda engine: engine.submit([item([i] * 124) for i in range(texts)]), backend, workers=2)
-    assert [len(batch) for batch in backend.batches] == batches
+    assert sorted(map(len, backend.batches)) == batches
 
 
 def test_what_fits_one_batch_has_the_machine_for_itself() -> None:
