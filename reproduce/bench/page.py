@@ -2,6 +2,7 @@
 
 import html
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,7 +218,7 @@ def _draw_growth(result: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def _bar(label: str, numbers: dict[str, float]) -> Bar:
-    return Bar(label=label, value=numbers["median"], low=numbers["low"], high=numbers["high"])
+    return Bar(label=textwrap.fill(label, 42), value=numbers["median"], low=numbers["low"], high=numbers["high"])
 
 
 def _waits(seconds: dict[str, float] | None) -> str:
