@@ -27,8 +27,10 @@ _DOUBT_SECONDS = 10.0
 """For how long the engine counts as failing after the model failed on a text, unless it scores another before."""
 _FAIR_SHARE = 384
 """Tokens: what waits is spread evenly over so many workers that each gets about this or more."""
-_PATIENCE = 0.02
-"""Of the time that a batch will take: for so long an idle engine waits for more texts, to divide them well."""
+_PATIENCE, _MOST_PATIENCE = 0.02, 0.05
+"""An idle engine waits for more texts, to divide them well: so much of the time that these will take, and so many
+seconds at most.
+"""
 _WORTH_WAITING = 64
 """Tokens of a prompt: a text waits for a batch that computes a prompt of so many, instead of computing it again."""
 
@@ -253,16 +255,16 @@ class Engine:
         if self._running or not self._rate:
             self._next_batches()
         elif self._gathering is None:
-            loop = asyncio.get_running_loop()
-            self._gathering = loop.call_later(_PATIENCE * self._waiting_tokens / self._rate, self._next_batches)
+            patience = min(_PATIENCE * self._waiting_tokens / self._rate, _MOST_PATIENCE)
+            self._gathering = asyncio.get_running_loop().call_later(patience, self._next_batches)
 
     def _next_batches(self) -> None:
         """Hands a batch to every worker that has none, as long as something waits."""
         if self._gathering is not None:
             self._gathering.cancel()
             self._gathering = None
-        # A batch that has the machine for itself goes to the first worker every time: the backend's own threads follow
-        # the worker that started them, and more of them than cores would sleep at every step.
+        # A batch that has the machine for itself goes to the first worker every time: each worker that runs one gets
+        # threads of its own for the other cores.
         while (free := [n for n in range(self._workers) if n not in self._running]) and self._death is None:
             waiting = self._ready()
             if not waiting or any(batch.alone for batch in self._running.values()):

@@ -393,6 +393,20 @@ def test_an_idle_engine_that_knows_its_speed_waits_a_little_for_company() -> Non
     assert [len(batch) for batch in backend.batches] == [3]
 
 
+def test_a_slow_first_batch_makes_nobody_wait_long() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        backend.action = lambda: time.sleep(1)
+        await engine.submit([item([], [1])])  # a token a second
+        backend.action = None
+        began = time.monotonic()
+        await engine.submit([item([1] * 400)])
+        assert time.monotonic() - began < 1  # not 8 s
+
+    run(work, backend)
+
+
 def test_what_came_before_a_stop_is_scored_though_nothing_has_begun() -> None:
     backend = Fake()
 
