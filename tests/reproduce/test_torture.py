@@ -178,7 +178,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_more_room_finishes_it(
     micro: Path, whole: Run, small_disk: Path
 ) -> None:
     run = Run(micro, small_disk / "run")
-    for size in ("600k", "2m", "6m"):
+    for size in ("600k", "1m", "2m"):
         assert mount("-o", f"remount,size={size}", str(small_disk))
         done = run.finish()
         assert done.returncode == 1
