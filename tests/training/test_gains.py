@@ -21,7 +21,7 @@ from dvpo.values import collate, token_values
 from reproduce import process_memory
 
 SMOLLM2 = os.environ.get("DVPO_SMOLLM2")
-ROUNDS = 3
+ROUNDS = 2
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(SMOLLM2 is None, reason="DVPO_SMOLLM2 names no folder with SmolLM2-135M-Instruct"),
@@ -55,10 +55,10 @@ def compare(what: str, ways: dict[str, Callable[[], Any]]) -> dict[str, tuple[fl
 
 
 def test_logprobs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """49,152 tokens in the vocabulary, forward and backward pass of 16 answers."""
+    """49,152 tokens in the vocabulary, forward and backward pass of 8 answers."""
     assert SMOLLM2 is not None
     model: Any = models.load(SMOLLM2, "policy")
-    batch = collate(answers(16), 0)
+    batch = collate(answers(8), 0)
     chunk = logprobs.MOST_LOGITS
 
     def run(most: int) -> torch.Tensor:
@@ -74,12 +74,12 @@ def test_logprobs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_texts_of_like_length_together() -> None:
-    """One pass of a value model over 48 answers, 8 at a time."""
+    """One pass of a value model over 24 answers, 4 at a time."""
     assert SMOLLM2 is not None
     model: Any = models.load(SMOLLM2, "value", fresh_head=True).eval()
-    texts = answers(48)
+    texts = answers(24)
     lengths = [len(t.prompt_ids) + len(t.response_ids) for t in texts]
-    plans = {"of like length": buckets(lengths, 8), "as they come": [list(range(i, i + 8)) for i in range(0, 48, 8)]}
+    plans = {"of like length": buckets(lengths, 4), "as they come": [list(range(i, i + 4)) for i in range(0, 24, 4)]}
     computed = {name: sum(len(p) * max(lengths[i] for i in p) for p in plan) for name, plan in plans.items()}
 
     def run(plan: list[list[int]]) -> None:
@@ -89,6 +89,6 @@ def test_texts_of_like_length_together() -> None:
 
     found = compare("values", {name: lambda plan=plan: run(plan) for name, plan in plans.items()})
     print(f"tokens computed of {sum(lengths)}: {computed}")
-    assert sorted(i for places in plans["of like length"] for i in places) == list(range(48))
+    assert sorted(i for places in plans["of like length"] for i in places) == list(range(24))
     assert computed["of like length"] < 0.9 * computed["as they come"]
     assert found["of like length"][0] < found["as they come"][0]
