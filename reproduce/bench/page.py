@@ -2,6 +2,7 @@
 
 import html
 import json
+import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def growth(result: dict[str, Any]) -> Shown:
     """Of `dvpo bench growth`."""
     rows = [
         (
-            f"{fit['kind']}: {fit['what'].replace('memory_mb', 'memory')} by {fit['axis']}",
+            _grows(fit),
             f"{fit['exponent']:.2f}",
             f"{fit['predicted_exponent']:.2f}",
             f"{fit['largest_error']:.0%}",
@@ -115,8 +116,6 @@ def write(folder: Path) -> Path:
 
     Raises InputError where there are none, or one cannot be read.
     """
-    import tempfile
-
     parts = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, path in enumerate(sorted(folder.glob("*.json"))):
@@ -211,10 +210,13 @@ def _thirds(phases: dict[str, float]) -> tuple[float, float, float]:
 def _draw_growth(result: dict[str, Any], stem: Path) -> list[Path]:
     rows = []
     for fit in result["fits"]:
-        name = f"{fit['kind']}: {fit['what'].replace('memory_mb', 'memory')} by {fit['axis']}"
-        rows.append(Bar(label=name, value=fit["exponent"], low=None, high=None))
+        rows.append(Bar(label=_grows(fit), value=fit["exponent"], low=None, high=None))
         rows.append(Bar(label="cost model", value=fit["predicted_exponent"], low=None, high=None))
     return [figures.bars(rows, stem, "exponent: 1 is in proportion")[0]]
+
+
+def _grows(fit: dict[str, Any]) -> str:
+    return f"{fit['kind']}: {fit['what'].replace('memory_mb', 'memory')} by {fit['axis']}"
 
 
 def _bar(label: str, numbers: dict[str, float]) -> Bar:
