@@ -1,6 +1,7 @@
 """Attention over a packed row: many texts behind one another, each a segment that sees itself and its prompt.
 
-On a CPU segment by segment, in steps; on a GPU all segments in one call.
+On a CPU segment by segment (in steps where nothing is trained); on a GPU all segments in one call. Gradients flow
+through both.
 """
 
 from dataclasses import dataclass, field
@@ -106,8 +107,11 @@ def _attention(
     for index, place in packing.keep.items():
         pair = (key[:, :, place].clone(), value[:, :, place].clone())
         packing.kept.setdefault(index, []).append(pair)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions made them float32
     if _in_one_call(query):
         return _attend_together(query, key, value, scaling, packing, module.layer_idx), None
+    if torch.is_grad_enabled():
+        return _attend_whole(query, key, value, scaling, packing), None
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     for segment in packing.segments:
         place = slice(segment.start, segment.stop)
@@ -222,6 +226,23 @@ def _lay_out(packing: Packing, row: Tensor) -> _Together:
         longest(queries),
         longest(keys),
     )
+
+
+def _attend_whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: Packing) -> Tensor:
+    """`_attention` of texts that nothing stands before, each in one call. [1, N, heads, D].
+
+    For training: torch's kernel keeps no scores for the backward pass, and steps would each need a gradient of all keys
+    before them.
+    """
+    lengths = [segment.stop - segment.start for segment in packing.segments]
+    if any(segment.before is not None for segment in packing.segments):
+        raise ValueError("a text whose prompt stands elsewhere cannot be trained on")
+    texts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    attended = [
+        functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        for q, k, v in texts
+    ]
+    return torch.cat(attended, 2).transpose(1, 2)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, packing: Packing) -> Tensor:

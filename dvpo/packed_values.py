@@ -4,8 +4,11 @@ The tokens of all texts stand behind one another in a row of one batch: every la
 one, and attention is told where each text begins and which prompt a response follows. So nothing is computed for
 padding, a prompt followed by several responses is computed once, and the keys and values of a prompt can be kept and
 used again. Only models whose attention is plain causal attention can do this; `can_pack` finds out.
+
+Training reads its batches in such a row too (`PackedBatch`), every text with a prompt of its own.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +35,60 @@ class Group:
     def tokens(self) -> int:
         """Tokens that are run."""
         return sum(map(len, self.responses)) + (0 if self.prefix else len(self.prompt_ids))
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B texts [x, y] as one row of N tokens, for training. `dvpo.values.ValueBatch` is the padded form.
+
+    input_ids_1_N, positions_1_N: the tokens and their places in their texts.
+    lengths_B: tokens of each text.
+    states_B_S: the place in the row of h_0..h_T; 0 at padding.
+    mask_B_S: true at h_0..h_T.
+    """
+
+    input_ids_1_N: Tensor
+    positions_1_N: Tensor
+    lengths_B: Tensor
+    states_B_S: Tensor
+    mask_B_S: Tensor
+
+
+def collate_packed(items: Sequence[Encoded]) -> PackedBatch:
+    """Puts texts behind one another. Raises ValueError for an empty prompt."""
+    _, ids, positions, wanted = _pack([Group(item.prompt_ids, [item.response_ids]) for item in items])
+    counts_B = torch.tensor([len(item.response_ids) + 1 for item in items])
+    mask_B_S = torch.arange(int(counts_B.max())) < counts_B[:, None]
+    states_B_S = torch.zeros(mask_B_S.shape, dtype=torch.long)
+    states_B_S[mask_B_S] = torch.tensor(wanted)
+    lengths_B = torch.tensor([len(item.prompt_ids) + len(item.response_ids) for item in items])
+    return PackedBatch(torch.tensor([ids]), torch.tensor([positions]), lengths_B, states_B_S, mask_B_S)
+
+
+def packed_token_values(model: Any, batch: PackedBatch) -> Tensor:
+    """h_0..h_T of every text, float32, 0 at padding, with gradients. [B, S].
+
+    `model` is a token classifier for which `can_train_packed` was true, under whatever wrapper.
+    """
+    ends = batch.lengths_B.cumsum(0).tolist()
+    segments = [Segment(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+    values_N = model(
+        input_ids=batch.input_ids_1_N,
+        position_ids=batch.positions_1_N,
+        use_cache=False,
+        packing=Packing(segments),
+    ).logits[0, :, 0]
+    return torch.where(batch.mask_B_S, values_N[batch.states_B_S].float(), 0)
+
+
+def can_train_packed(model: Any) -> bool:
+    """Whether `packed_token_values` can read the model, which is left ready for it; if not, it is unchanged.
+
+    Under ZeRO-3 it cannot: the layers are not whole before training begins.
+    """
+    forward = inspect.signature(unwrapped(model).forward)
+    takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward.parameters.values())
+    return takes_more and can_pack(model)
 
 
 @torch.inference_mode()

@@ -14,8 +14,12 @@ from dvpo.batching import epochs_of, of_like_length
 from dvpo.config import GvmSettings
 from dvpo.data.templates import Encoded
 from dvpo.objectives.td import td_lambda_targets, value_model_loss
+from dvpo.packed_values import PackedBatch, can_train_packed, collate_packed, packed_token_values
 from dvpo.training.common import ListDataset, WholeCheckpoints, argument_values, train
 from dvpo.values import ValueBatch, collate, token_values
+
+_WORTH_PACKING = 128
+"""Tokens of a text, in the mean: shorter ones are padded instead, which takes one call of attention and not many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,10 @@ class GvmTrainer(WholeCheckpoints, Trainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Eq. 1 with TD(lambda) targets from the model's own detached values."""
-        batch = ValueBatch(*(inputs[name] for name in ValueBatch.__dataclass_fields__))
-        values_B_S = token_values(model, batch)
-        targets_B_S = td_lambda_targets(values_B_S, inputs["rewards_B"], batch.mask_B_S, self.gamma, self.td_lambda)
-        count = batch.mask_B_S.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = value_model_loss(values_B_S, targets_B_S, batch.mask_B_S, count)
+        values_B_S, mask_B_S = _read(model, inputs), inputs["mask_B_S"]
+        targets_B_S = td_lambda_targets(values_B_S, inputs["rewards_B"], mask_B_S, self.gamma, self.td_lambda)
+        count = mask_B_S.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = value_model_loss(values_B_S, targets_B_S, mask_B_S, count)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, not summed
         return (loss, {"values": values_B_S}) if return_outputs else loss
@@ -63,10 +66,12 @@ def train_gvm(
     torch.manual_seed(seed)
     model = models.load(start, "value", lora=settings.lora, fresh_head=True)
     tokenizer = models.load_tokenizer(start)
+    packed = sum(map(_length, texts)) >= _WORTH_PACKING * len(texts) and can_train_packed(model)
 
     def batch_of(items: Sequence[ValueText]) -> dict[str, Tensor]:
-        batch = collate([item.text for item in items], tokenizer.pad_token_id)
-        fields = {name: getattr(batch, name) for name in ValueBatch.__dataclass_fields__}
+        encoded = [item.text for item in items]
+        batch = collate_packed(encoded) if packed else collate(encoded, tokenizer.pad_token_id)
+        fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
         rewards = torch.tensor([item.reward for item in items], dtype=torch.float32)
         return {**fields, "rewards_B": rewards, "labels": torch.where(batch.mask_B_S, 1, -100)}
 
@@ -84,6 +89,13 @@ def train_gvm(
         gamma=settings.gamma,
     )
     return train(trainer, tokenizer, out, state)
+
+
+def _read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """h_0..h_T of a collated batch, packed or padded. [B, S]."""
+    if "lengths_B" in inputs:
+        return packed_token_values(model, PackedBatch(*(inputs[name] for name in PackedBatch.__dataclass_fields__)))
+    return token_values(model, ValueBatch(*(inputs[name] for name in ValueBatch.__dataclass_fields__)))
 
 
 def _length(text: ValueText) -> int:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,15 @@ def start(checkpoints, tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(start, checkpoints, examples, tmp_path_factory) -> Callable[..., Path]:
-    """Writes a configuration: `config(kind, **settings)`."""
+    """Writes a configuration: `config(kind, **settings)`. Data are `train`, or `long`: texts that training packs."""
     folder = tmp_path_factory.mktemp("configs")
     dump_examples(examples, folder / "train.jsonl")
+    said = [e.prompt[0]["content"] for e in examples]
+    long = [({"role": "user", "content": " ".join([text] * (15 + i))},) for i, text in enumerate(said)]
+    dump_examples([replace(e, prompt=p) for e, p in zip(examples, long, strict=True)], folder / "long.jsonl")
 
-    def write(kind: str, **changes: Any) -> Path:
-        file: dict[str, Any] = {"start": str(start), "data": str(folder / "train.jsonl")}
+    def write(kind: str, data: str = "train", **changes: Any) -> Path:
+        file: dict[str, Any] = {"start": str(start), "data": str(folder / f"{data}.jsonl")}
         if kind == "policy":
             file["value_model"] = str(checkpoints["llama", "value"])
         file["settings"] = (ONLINE if kind == "policy" else VALUE) | changes
@@ -129,6 +133,12 @@ def test_one_row_at_a_time_is_the_whole_batch(trained, kind: str) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_the_value_model_is_that_of_one_process(trained, strategy: str) -> None:
     same(trained("gvm"), trained("gvm", *on(strategy)))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_long_texts_are_packed_as_in_one_process(trained, strategy: str) -> None:
+    """Under ZeRO-3 they are padded."""
+    same(trained("gvm", data="long"), trained("gvm", *on(strategy), data="long"))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
