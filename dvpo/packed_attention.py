@@ -85,7 +85,7 @@ class _Together:
     most_keys: int
 
 
-def _attention(
+def attend_packed(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -142,7 +142,7 @@ def _in_one_call(query: Tensor) -> bool:
 def _attend_together(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: Packing, layer: int
 ) -> Tensor:
-    """`_attention` of all segments in one call. [1, N, heads, D].
+    """`attend_packed` of all segments in one call. [1, N, heads, D].
 
     The last token of a segment's queries is the last of its keys, which is how `varlen_attn` aligns the two.
     """
@@ -230,7 +230,7 @@ def _lay_out(packing: Packing, row: Tensor) -> _Together:
 
 
 def _attend_whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: Packing) -> Tensor:
-    """`_attention` of texts that nothing stands before, each in one call. [1, N, heads, D].
+    """`attend_packed` of texts that nothing stands before, each in one call. [1, N, heads, D].
 
     For training: torch's kernel keeps no scores for the backward pass, and steps would each need a gradient of all keys
     before them. In float32 also under bfloat16 autocast: on a CPU that kernel is no slower for it, forward and backward.
@@ -274,4 +274,4 @@ def _mask(rows: int, columns: int, like: Tensor) -> Tensor:
     return torch.zeros(rows, columns, dtype=like.dtype, device=like.device).masked_fill(~allowed, float("-inf"))
 
 
-AttentionInterface.register(ATTENTION, _attention)
+AttentionInterface.register(ATTENTION, attend_packed)

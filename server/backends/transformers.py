@@ -18,7 +18,7 @@ from dvpo.packed_attention import Prefix
 from dvpo.packed_values import Group, can_pack, packed_values
 from dvpo.values import score_all, unwrapped
 from server.backends import ModelInfo, Scored
-from server.backends.cpu_layers import pack_layers
+from server.backends.cpu_layers import pack_decoder, pack_layers
 from server.loading import identity, load
 
 Dtype = Literal["float32", "bfloat16"]
@@ -100,9 +100,12 @@ class TransformersBackend:
         tokenizer: Any = load_tokenizer(folder)
         self._pad_id: int = tokenizer.pad_token_id
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
-        if not torch.cuda.is_available():
-            pack_layers(unwrapped(self._model).base_model)
         self._packs = can_pack(self._model)
+        if not torch.cuda.is_available():
+            body = unwrapped(self._model).base_model
+            if self._packs:
+                pack_decoder(body)
+            pack_layers(body)
         self._one_by_one = exact or _scales_with_length(self._model.config)
         self.cache = PrefixCache(0 if self._one_by_one or not self._packs else cache_bytes)
         self.keeps_prompts = self.cache.most_bytes > 0
