@@ -4,6 +4,7 @@ On a CPU segment by segment (in steps where nothing is trained); on a GPU all se
 through both.
 """
 
+import threading
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -32,9 +33,77 @@ class Prefix:
     h_0: float
 
     @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.layers[0][0].shape[2])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
         return sum(tensor.nbytes for pair in self.layers for tensor in pair)
+
+
+class Handover:
+    """Keys and values of one part of a row, layer by layer, for the parts behind it, which other threads compute."""
+
+    def __init__(self) -> None:
+        self._start, self._stop = -1, -1  # what is passed on, from the first token that is wanted to the last
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._failed = False
+        self._changed = threading.Condition()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody asked for anything."""
+        return self._stop > 0
+
+    def want(self, place: slice) -> "Passed":
+        """Asks for tokens of the part, before it is computed."""
+        self._start = place.start if self._start < 0 else min(self._start, place.start)
+        self._stop = max(self._stop, place.stop)
+        return Passed(self, place)
+
+    def put(self, key: Tensor, value: Tensor) -> None:
+        """Passes on the next layer's keys and values, [1, heads, N, D] of the part."""
+        with self._changed:
+            # Cloned, so that the rest of the part's need not be kept.
+            self._layers.append(
+                (key[:, :, self._start : self._stop].clone(), value[:, :, self._start : self._stop].clone())
+            )
+            self._changed.notify_all()
+
+    def fail(self) -> None:
+        """Nothing more will come."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+    def get(self, layer: int, place: slice) -> tuple[Tensor, Tensor]:
+        """Waits for a layer's keys and values of some tokens. Raises RuntimeError where they will not come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or len(self._layers) > layer)
+            if len(self._layers) <= layer:
+                raise RuntimeError("an earlier part of the row failed")
+            key, value = self._layers[layer]
+        here = slice(place.start - self._start, place.stop - self._start)
+        return key[:, :, here], value[:, :, here]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Tokens of an earlier part of the row, by their place there."""
+
+    handover: Handover
+    place: slice
+
+    @property
+    def length(self) -> int:
+        """How many."""
+        return int(self.place.stop - self.place.start)
+
+
+Earlier = slice | Prefix | Passed
+"""Tokens that stand before others: in the same row, kept from a former one, or in an earlier part of this one."""
 
 
 @dataclass
@@ -43,28 +112,26 @@ class Segment:
 
     start: int
     stop: int
-    before: slice | Prefix | None = None
+    before: tuple[Earlier, ...] = ()
 
     @property
     def keys(self) -> int:
         """Tokens that its last token sees."""
-        if isinstance(self.before, Prefix):
-            past = self.before.layers[0][0].shape[2]
-        else:
-            past = self.before.stop - self.before.start if self.before else 0
-        return past + self.stop - self.start
+        return sum(map(_length, self.before)) + self.stop - self.start
 
 
 @dataclass
 class Packing:
     """How a row is read by attention.
 
-    `kept` collects keys and values of the prompts that are to be kept; `masks` serve all layers, by their rows.
+    keep: prompts whose keys and values `kept` is to collect, by group. handover: given where later parts of the row
+    are computed beside it. `masks` serve all layers, by their rows.
     """
 
     segments: list[Segment] = field(default_factory=list)
-    keep: dict[int, slice] = field(default_factory=dict)
+    keep: dict[int, tuple[Earlier, ...]] = field(default_factory=dict)
     kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    handover: Handover | None = None
     masks: dict[int, Tensor] = field(default_factory=dict)
     together: "_Together | None" = None
 
@@ -104,9 +171,12 @@ def attend_packed(
     strange = {name for name, given in others.items() if given is not None} - _HARMLESS
     if strange or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ValueError(f"this attention cannot be packed: {', '.join(sorted(strange)) or type(module).__name__}")
-    for index, place in packing.keep.items():
-        pair = (key[:, :, place].clone(), value[:, :, place].clone())
+    for index, pieces in packing.keep.items():
+        found = [_of(piece, key, value, module.layer_idx) for piece in pieces]
+        pair = (torch.cat([k for k, _ in found], 2), torch.cat([v for _, v in found], 2))
         packing.kept.setdefault(index, []).append(pair)
+    if packing.handover is not None and packing.handover.wanted:
+        packing.handover.put(key, value)
     one_call = _in_one_call(query)
     if torch.is_grad_enabled() and not one_call:
         return _attend_whole(query, key, value, scaling, packing), None
@@ -117,14 +187,10 @@ def attend_packed(
     for segment in packing.segments:
         place = slice(segment.start, segment.stop)
         keys, values = key[:, :, place], value[:, :, place]
-        step = _STEP
-        if segment.before is not None:
-            if isinstance(segment.before, Prefix):
-                past = segment.before.layers[module.layer_idx]
-            else:
-                past = (key[:, :, segment.before], value[:, :, segment.before])
-            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
-            step = _STEP_AFTER_PROMPT
+        if segment.before:
+            found = [_of(piece, key, value, module.layer_idx) for piece in segment.before]
+            keys, values = (torch.cat([*(f[i] for f in found), own], 2) for i, own in enumerate((keys, values)))
+        step = _STEP_AFTER_PROMPT if segment.before else _STEP
         later = keys.shape[2] - segment.stop  # from a token's place in the row to its place among the keys
         for start in range(segment.start, segment.stop, step):
             stop = min(start + step, segment.stop)
@@ -132,6 +198,19 @@ def attend_packed(
             attended = _attend(query[:, :, start:stop], keys[:, :, seen], values[:, :, seen], scaling, packing)
             output[:, start:stop] = attended.transpose(1, 2)
     return output, None
+
+
+def _of(piece: Earlier, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of earlier tokens, [1, heads, length, D]."""
+    if isinstance(piece, Prefix):
+        return piece.layers[layer]
+    if isinstance(piece, Passed):
+        return piece.handover.get(layer, piece.place)
+    return key[:, :, piece], value[:, :, piece]
+
+
+def _length(piece: Earlier) -> int:
+    return int(piece.stop - piece.start) if isinstance(piece, slice) else piece.length
 
 
 def _in_one_call(query: Tensor) -> bool:
@@ -202,16 +281,15 @@ def _lay_out(packing: Packing, row: Tensor) -> _Together:
     places: list[int] = []
     queries, keys = [0], [0]
     for segment in packing.segments:
-        before = segment.before
-        if isinstance(before, Prefix):
-            length = before.layers[0][0].shape[2]
-            if id(before) not in prefixes:
-                prefixes[id(before)] = (end, before)
-                end += length
-            begin = prefixes[id(before)][0]
-            places += range(begin, begin + length)
-        elif before is not None:
-            places += range(before.start, before.stop)
+        for piece in segment.before:
+            if isinstance(piece, Prefix):
+                if id(piece) not in prefixes:
+                    prefixes[id(piece)] = (end, piece)
+                    end += piece.length
+                begin = prefixes[id(piece)][0]
+                places += range(begin, begin + piece.length)
+            elif isinstance(piece, slice):
+                places += range(piece.start, piece.stop)
         places += range(segment.start, segment.stop)
         queries.append(segment.stop)
         keys.append(len(places))
@@ -233,10 +311,10 @@ def _attend_whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | No
     """`attend_packed` of texts that nothing stands before, each in one call. [1, N, heads, D].
 
     For training: torch's kernel keeps no scores for the backward pass, and steps would each need a gradient of all keys
-    before them. In float32 also under bfloat16 autocast: on a CPU that kernel is no slower for it, forward and backward.
+    before them. In float32 also under bfloat16 autocast: on a CPU that kernel is no slower for it.
     """
     lengths = [segment.stop - segment.start for segment in packing.segments]
-    if any(segment.before is not None for segment in packing.segments):
+    if any(segment.before for segment in packing.segments):
         raise ValueError("a text whose prompt stands elsewhere cannot be trained on")
     texts = zip(*(tensor.float().split(lengths, 2) for tensor in (query, key, value)), strict=True)
     with torch.autocast(query.device.type, enabled=False):

@@ -11,6 +11,7 @@ Training reads its batches in such a row too (`PackedBatch`), every text with a 
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from dvpo.data.templates import Encoded
 from dvpo.models import head
-from dvpo.packed_attention import ATTENTION, Packing, Prefix, Segment
+from dvpo.packed_attention import ATTENTION, Earlier, Packing, Prefix, Segment
+from dvpo.packed_parts import Row, cut, run_together
 from dvpo.values import collate, position_ids, unwrapped
 
 
@@ -56,13 +58,13 @@ class PackedBatch:
 
 def collate_packed(items: Sequence[Encoded]) -> PackedBatch:
     """Puts texts behind one another. Raises ValueError for an empty prompt."""
-    _, ids, positions, wanted = _pack([Group(item.prompt_ids, [item.response_ids]) for item in items])
+    row = _pack([Group(item.prompt_ids, [item.response_ids]) for item in items])
     counts_B = torch.tensor([len(item.response_ids) + 1 for item in items])
     mask_B_S = torch.arange(int(counts_B.max())) < counts_B[:, None]
     states_B_S = torch.zeros(mask_B_S.shape, dtype=torch.long)
-    states_B_S[mask_B_S] = torch.tensor(wanted)
+    states_B_S[mask_B_S] = torch.tensor(row.wanted)
     lengths_B = torch.tensor([len(item.prompt_ids) + len(item.response_ids) for item in items])
-    return PackedBatch(torch.tensor([ids]), torch.tensor([positions]), lengths_B, states_B_S, mask_B_S)
+    return PackedBatch(torch.tensor([row.ids]), torch.tensor([row.positions]), lengths_B, states_B_S, mask_B_S)
 
 
 def packed_token_values(model: Any, batch: PackedBatch) -> Tensor:
@@ -91,25 +93,42 @@ def can_train_packed(model: Any) -> bool:
     return takes_more and can_pack(model)
 
 
-@torch.inference_mode()
-def packed_values(model: Any, groups: Sequence[Group]) -> tuple[list[list[Tensor]], dict[int, Prefix]]:
+def packed_values(model: Any, groups: Sequence[Group], parts: int = 1) -> tuple[list[list[Tensor]], dict[int, Prefix]]:
     """h_0..h_T of every response of every group, [T + 1], float32, on the CPU; and what is kept of prompts, by group.
 
-    `model` is a token or sequence classifier of one label for which `can_pack` was true. One forward pass.
+    Args:
+        model: a token or sequence classifier of one label for which `can_pack` was true. One forward pass.
+        parts: on a CPU, so many threads compute a part of the row each; see `dvpo.packed_parts`.
     """
     plain = unwrapped(model)
+    row = _pack(groups)
+    rows = cut(row, parts, plain.config.get_text_config().hidden_size) if row.ids else []
+    if len(rows) > 1:
+        found = run_together(partial(_values_of, plain), rows)
+    else:
+        found = [_values_of(plain, each) for each in rows]
+    kept = {index: layers for each in rows for index, layers in each.packing.kept.items()}
+    return _unpack(groups, torch.cat([torch.empty(0), *found]), kept)
+
+
+@torch.inference_mode()
+def _values_of(plain: Any, row: Row) -> Tensor:
+    """The values that are wanted of a row, float32, on the CPU. [W]."""
     device = next(plain.parameters()).device
-    packing, ids, positions, wanted = _pack(groups)
-    values_W = torch.empty(0)
-    if ids:
-        hidden_N_D = plain.base_model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            packing=packing,
-        ).last_hidden_state[0]
-        values_W = head(plain)(hidden_N_D[torch.tensor(wanted, device=device)]).squeeze(-1).float().cpu()
-    return _unpack(groups, values_W, packing)
+    hidden_N_D = _hidden(plain, row)
+    return head(plain)(hidden_N_D[torch.tensor(row.wanted, dtype=torch.long, device=device)]).squeeze(-1).float().cpu()
+
+
+def _hidden(plain: Any, row: Row) -> Tensor:
+    """The last hidden states of a row. [N, D]."""
+    device = next(plain.parameters()).device
+    hidden_1_N_D: Tensor = plain.base_model(
+        input_ids=torch.tensor([row.ids], device=device),
+        position_ids=torch.tensor([row.positions], device=device),
+        use_cache=False,
+        packing=row.packing,
+    ).last_hidden_state
+    return hidden_1_N_D[0]
 
 
 def can_pack(model: Any) -> bool:
@@ -128,18 +147,12 @@ def can_pack(model: Any) -> bool:
     try:
         expected = [_hidden_alone(plain, Encoded(prompt, response)) for response in (first, second)]
         plain.set_attn_implementation(ATTENTION)
-        packing, ids, positions, _ = _pack([Group(prompt, [first, second], keep=True)])
-        device = next(plain.parameters()).device
+        row = _pack([Group(prompt, [first, second], keep=True)])
         with torch.inference_mode():
-            hidden_N_D = plain.base_model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                packing=packing,
-            ).last_hidden_state[0]
+            hidden_N_D = _hidden(plain, row)
         found = hidden_N_D.split([len(prompt) + len(first), len(second)])
         alike = _alike(found[0], expected[0]) and _alike(found[1], expected[1][len(prompt) :])
-        alike = alike and len(packing.kept.get(0, [])) == plain.config.get_text_config().num_hidden_layers
+        alike = alike and len(row.packing.kept.get(0, [])) == plain.config.get_text_config().num_hidden_layers
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
         alike = False
     if not alike:
@@ -174,8 +187,8 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
     return bool((found.float() - expected.float()).norm() <= allowed * expected.float().norm())
 
 
-def _pack(groups: Sequence[Group]) -> tuple[Packing, list[int], list[int], list[int]]:
-    """The row: how attention reads it, token ids, their positions, and the places where a value is wanted."""
+def _pack(groups: Sequence[Group]) -> Row:
+    """The texts of all groups in one row."""
     packing = Packing()
     ids: list[int] = []
     positions: list[int] = []
@@ -184,31 +197,31 @@ def _pack(groups: Sequence[Group]) -> tuple[Packing, list[int], list[int], list[
         length = len(group.prompt_ids)
         if not length:
             raise ValueError("a prompt of no tokens has no value before the first action")
-        before: slice | Prefix | None = group.prefix
+        before: tuple[Earlier, ...] = () if group.prefix is None else (group.prefix,)
         start = len(ids)
-        if before is None:
+        if group.prefix is None:
             ids += group.prompt_ids
             positions += range(length)
             wanted.append(start + length - 1)
             prompt = slice(start, start + length)
             if group.keep:
-                packing.keep[index] = prompt
+                packing.keep[index] = (prompt,)
         for response in group.responses:
             # The first response after a prompt in the row goes on in the prompt's own segment.
             first = len(ids)
             ids += response
             positions += range(length, length + len(response))
             wanted += range(first, len(ids))
-            if before is None:
+            if not before:
                 packing.segments.append(Segment(start, len(ids)))
-                before = prompt
+                before = (prompt,)
             elif response:
                 packing.segments.append(Segment(first, len(ids), before))
-    return packing, ids, positions, wanted
+    return Row(packing, ids, positions, wanted)
 
 
 def _unpack(
-    groups: Sequence[Group], values_W: Tensor, packing: Packing
+    groups: Sequence[Group], values_W: Tensor, layers: dict[int, list[tuple[Tensor, Tensor]]]
 ) -> tuple[list[list[Tensor]], dict[int, Prefix]]:
     """Splits the wanted values by group and response; h_0 of a kept prompt comes from what was kept."""
     values: list[list[Tensor]] = []
@@ -224,6 +237,6 @@ def _unpack(
         for response in group.responses:
             values[-1].append(torch.cat([h_0, values_W[at : at + len(response)]]))
             at += len(response)
-        if index in packing.kept:
-            kept[index] = Prefix(packing.kept[index], float(h_0))
+        if index in layers:
+            kept[index] = Prefix(layers[index], float(h_0))
     return values, kept

@@ -24,6 +24,8 @@ from server.loading import identity, load
 Dtype = Literal["float32", "bfloat16"]
 _MOST_WORKERS = 8
 """Each holds the hidden states of a batch."""
+_LEAST_PART = 64
+"""Tokens of a batch that a core takes, where one batch is divided among the cores."""
 
 
 class PrefixCache:
@@ -129,16 +131,16 @@ class TransformersBackend:
             torch.set_num_threads(self._cores if alone else max(1, self._cores // self.workers))  # of this thread only
         if self._one_by_one:
             return [scored for item in items for scored in self._score([item])]
-        return self._score(items)
+        return self._score(items, self._cores if alone and self.workers > 1 else 1)
 
     def close(self) -> None:
         """Frees the model and what was kept."""
         self.cache.clear()
         self._model = None
 
-    def _score(self, items: Sequence[Encoded]) -> list[Scored]:
+    def _score(self, items: Sequence[Encoded], cores: int = 1) -> list[Scored]:
         if self._packs:
-            values, cached = self._packed(items)
+            values, cached = self._packed(items, cores)
         else:
             values = [v for _, v in sorted(score_all(self._model, items, self._pad_id), key=lambda pair: pair[0])]
             cached = [0] * len(items)
@@ -147,7 +149,7 @@ class TransformersBackend:
                 raise StageError(f"text {index} has a value that is not finite; the weights are damaged or overflow")
         return [Scored(v.numpy().astype(np.float32), c) for v, c in zip(values, cached, strict=True)]
 
-    def _packed(self, items: Sequence[Encoded]) -> tuple[list[Tensor], list[int]]:
+    def _packed(self, items: Sequence[Encoded], cores: int) -> tuple[list[Tensor], list[int]]:
         """Values, and the prompt tokens that were not computed, by text. Texts of one prompt make one group."""
         members: dict[bytes, list[int]] = {}
         for index, item in enumerate(items):
@@ -157,7 +159,8 @@ class TransformersBackend:
             responses = [items[i].response_ids for i in indices]
             # A prompt seen once is kept too: the rest of its group may come in requests of their own.
             groups.append(Group(items[indices[0]].prompt_ids, responses, self.cache.get(key), keep=self.keeps_prompts))
-        found, kept = packed_values(self._model, groups)
+        parts = min(cores, max(1, sum(group.tokens for group in groups) // _LEAST_PART))
+        found, kept = packed_values(self._model, groups, parts)
         values: list[Tensor] = [torch.empty(0)] * len(items)
         cached = [0] * len(items)
         for at, (key, indices) in enumerate(members.items()):
