@@ -8,6 +8,7 @@ LoRA a folder holds the adapter, with `modules_to_save` for the head, and names 
 import copy
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    _warn_of_another_eos(Path(folder), tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # Our own masks come from lengths, but library code that compares ids with the padding token must not take a
         # real EOS for padding. Any other special token will do as the filler.
@@ -64,6 +66,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = special[0]
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _warn_of_another_eos(folder: Path, tokenizer: Any) -> None:
+    """Says so where the model beside the tokenizer ends its answers with other tokens: ours would not end them."""
+    ends: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        with suppress(OSError, ValueError):  # no file, as with a hub id; a damaged one is told of when the model loads
+            found = json.loads((folder / name).read_text()).get("eos_token_id")
+            ends |= set(found if isinstance(found, list) else [found]) - {None}
+    if ends and tokenizer.eos_token_id not in ends:
+        logging.getLogger("dvpo").warning(
+            f"{folder}: the tokenizer ends texts with {tokenizer.eos_token} (id {tokenizer.eos_token_id}), but the "
+            f"model's end tokens are {sorted(ends)}; correct eos_token in tokenizer_config.json if that is a mistake"
+        )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -84,7 +84,7 @@ def _packing(whole: Packing, bounds: Sequence[int], handovers: Sequence[Handover
 def run_together(run: Callable[[Row], Tensor], parts: Sequence[Row]) -> list[Tensor]:
     """`run` of every part, the first in this thread and the others in threads of their own; torch's threads are shared.
 
-    Raises what the first part that failed raised.
+    Raises what a part raised that failed by itself.
     """
     threads = torch.get_num_threads()
     results: list[Tensor | BaseException] = [torch.empty(0)] * len(parts)
@@ -106,7 +106,7 @@ def run_together(run: Callable[[Row], Tensor], parts: Sequence[Row]) -> list[Ten
         other.join()
     torch.set_num_threads(threads)
     found: list[Tensor] = []
-    for result in results:
+    for result in results:  # the parts behind one that failed have failed for its sake
         if isinstance(result, BaseException):
             raise result
         found.append(result)

@@ -240,3 +240,20 @@ def test_padding_is_never_the_end_token(tokenizer, tmp_path, pad: str | None) ->
 def test_a_tokenizer_without_an_end_token_is_refused(tokenizer, tmp_path) -> None:
     with pytest.raises(InputError, match="EOS"):
         models.load_tokenizer(changed_tokenizer(tokenizer, tmp_path, eos_token=None))
+
+
+@pytest.mark.parametrize(("ends", "warned"), [(None, False), (17, True), ([17, "own"], False), ([17, 18], True)])
+def test_a_tokenizer_that_ends_texts_otherwise_than_the_model_is_told(
+    checkpoints, tokenizer, tmp_path, caplog, ends, warned: bool
+) -> None:
+    shutil.copytree(checkpoints["llama", "policy"], tmp_path / "policy")
+    if isinstance(ends, list):
+        ends = [tokenizer.eos_token_id if end == "own" else end for end in ends]
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "policy" / name
+        if path.exists():
+            path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ends}))
+    models.load_tokenizer(tmp_path / "policy")
+    said = [record.getMessage() for record in caplog.records if record.name == "dvpo"]
+    assert len(said) == warned
+    assert not warned or ("end tokens are [17" in said[0] and str(tmp_path / "policy") in said[0])

@@ -18,7 +18,9 @@ from transformers import (
 
 from dvpo.data.templates import Encoded
 from dvpo.errors import InputError, StageError
+from dvpo.packed_values import packed_values
 from server.backends import Scored
+from server.backends import transformers as backend_module
 from server.backends.transformers import TransformersBackend
 
 TOLERANCE = 1e-5
@@ -59,6 +61,33 @@ def require_equal(found: list[Scored], expected: list[np.ndarray]) -> None:
     for scored, values_S in zip(found, expected, strict=True):
         assert scored.values_S.dtype == np.float32 and scored.values_S.shape == values_S.shape
         assert np.abs(scored.values_S - values_S).max() <= TOLERANCE
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes a batch in one part")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(items=ITEMS, cores=st.integers(2, 4))
+def test_a_batch_that_is_divided_among_cores_has_the_same_values(checkpoints, monkeypatch, items, cores: int) -> None:
+    folder = checkpoints["llama", "value"]
+    ours = backend(folder, 1 << 19)
+    ours.cache.clear()
+    parts: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(backend_module, "_LEAST_PART", 4)
+        patch.setattr(ours, "_cores", cores)
+        patch.setattr(ours, "workers", cores)
+        patch.setattr(backend_module, "packed_values", lambda m, g, p: (parts.append(p), packed_values(m, g, p))[1])
+        expected = [alone(folder, "value", item) for item in items]
+        require_equal(ours.score(items, alone=True), expected)
+        require_equal(ours.score(items, alone=True), expected)
+        require_equal(ours.score(items, alone=False), expected)
+    assert parts[0] == min(cores, max(1, computed(items) // 4))
+    assert parts[-1] == 1
+
+
+def computed(items: list[Encoded]) -> int:
+    """Tokens to compute, every prompt once."""
+    prompts = {tuple(item.prompt_ids) for item in items}
+    return sum(map(len, prompts)) + sum(len(item.response_ids) for item in items)
 
 
 @pytest.mark.parametrize(("arch", "role"), MODELS)
