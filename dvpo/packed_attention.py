@@ -183,21 +183,7 @@ def attend_packed(
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions made them float32
     if one_call:
         return _attend_together(query, key, value, scaling, packing, module.layer_idx), None
-    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    for segment in packing.segments:
-        place = slice(segment.start, segment.stop)
-        keys, values = key[:, :, place], value[:, :, place]
-        if segment.before:
-            found = [_of(piece, key, value, module.layer_idx) for piece in segment.before]
-            keys, values = (torch.cat([*(f[i] for f in found), own], 2) for i, own in enumerate((keys, values)))
-        step = _STEP_AFTER_PROMPT if segment.before else _STEP
-        later = keys.shape[2] - segment.stop  # from a token's place in the row to its place among the keys
-        for start in range(segment.start, segment.stop, step):
-            stop = min(start + step, segment.stop)
-            seen = slice(0, stop + later)
-            attended = _attend(query[:, :, start:stop], keys[:, :, seen], values[:, :, seen], scaling, packing)
-            output[:, start:stop] = attended.transpose(1, 2)
-    return output, None
+    return _attend_in_steps(query, key, value, scaling, packing, module.layer_idx), None
 
 
 def _of(piece: Earlier, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -323,6 +309,27 @@ def _attend_whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | No
             for q, k, v in texts
         ]
     return torch.cat(attended, 2).transpose(1, 2)
+
+
+def _attend_in_steps(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: Packing, layer: int
+) -> Tensor:
+    """`attend_packed` segment by segment, some tokens at once. [1, N, heads, D]."""
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    for segment in packing.segments:
+        place = slice(segment.start, segment.stop)
+        keys, values = key[:, :, place], value[:, :, place]
+        if segment.before:
+            found = [_of(piece, key, value, layer) for piece in segment.before]
+            keys, values = (torch.cat([*(f[i] for f in found), own], 2) for i, own in enumerate((keys, values)))
+        step = _STEP_AFTER_PROMPT if segment.before else _STEP
+        later = keys.shape[2] - segment.stop  # from a token's place in the row to its place among the keys
+        for start in range(segment.start, segment.stop, step):
+            stop = min(start + step, segment.stop)
+            seen = slice(0, stop + later)
+            attended = _attend(query[:, :, start:stop], keys[:, :, seen], values[:, :, seen], scaling, packing)
+            output[:, start:stop] = attended.transpose(1, 2)
+    return output
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, packing: Packing) -> Tensor:

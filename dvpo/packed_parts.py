@@ -99,8 +99,14 @@ def run_together(run: Callable[[Row], Tensor], parts: Sequence[Row]) -> list[Ten
                 handover.fail()
 
     others = [threading.Thread(target=run_part, args=(i,), name=f"part-{i}") for i in range(1, len(parts))]
-    for other in others:
-        other.start()
+    try:
+        for other in others:
+            other.start()
+    except BaseException:  # no room for a thread: those that run would wait for ever
+        for part in parts:
+            if part.packing.handover is not None:
+                part.packing.handover.fail()
+        raise
     run_part(0)
     for other in others:
         other.join()

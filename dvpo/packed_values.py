@@ -86,7 +86,7 @@ def packed_token_values(model: Any, batch: PackedBatch) -> Tensor:
 def can_train_packed(model: Any) -> bool:
     """Whether `packed_token_values` can read the model, which is left ready for it; if not, it is unchanged.
 
-    Under ZeRO-3 it cannot: the layers are not whole before training begins.
+    To be asked before the model is wrapped, or spread over processes.
     """
     forward = inspect.signature(unwrapped(model).forward)
     takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward.parameters.values())

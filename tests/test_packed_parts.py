@@ -98,6 +98,23 @@ def test_a_part_that_fails_ends_the_others(model, monkeypatch: pytest.MonkeyPatc
     assert torch.get_num_threads() == threads
 
 
+def test_a_thread_that_cannot_start_ends_those_that_did(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def fails(self: threading.Thread) -> None:
+        if self.name == "part-2":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    with pytest.raises(RuntimeError, match="new thread"):
+        values_of(model, [Group([5] * 9, [[6] * 9])], 3)
+    for thread in threading.enumerate():
+        if thread.name == "part-1":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
 def test_waiting_for_what_will_not_come_ends() -> None:
     handover = Handover()
     handover.want(slice(0, 2))

@@ -137,7 +137,6 @@ def test_the_value_model_is_that_of_one_process(trained, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_long_texts_are_packed_as_in_one_process(trained, strategy: str) -> None:
-    """Under ZeRO-3 they are padded."""
     same(trained("gvm", data="long"), trained("gvm", *on(strategy), data="long"))
 
 
