@@ -69,12 +69,13 @@ class PrefixCache:
 class TransformersBackend:
     """A checkpoint folder on this machine's GPU if it has one, else on its CPU.
 
-    In float32 a text's values differ by at most 1e-5 (for values of the order of 1) whatever it is scored with and
-    whatever is kept. In bfloat16 the most that was seen is 0.12, beside a padded forward pass of a model of 135M
-    weights. With `exact` every text is run alone and nothing is kept: equal to the last bit, and slower.
+    In float32 a text's values differ by at most 1e-5 (for values of the order of 1) whatever it is scored with,
+    whatever is kept, and into how many parts a batch is cut. In bfloat16 the most that was seen is 0.12, beside a
+    padded forward pass of a model of 135M weights. With `exact` every text is run alone and nothing is kept: equal to
+    the last bit, and slower.
 
     `workers` says how many threads may call `score` at once. On a CPU that is one for each core: two batches on a core
-    each are done sooner than one after the other on both, where every small operation waits for the slower core.
+    each are done sooner than one after the other on both. A batch that is alone is cut into a part for each core.
     """
 
     def __init__(
