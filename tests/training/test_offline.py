@@ -17,6 +17,7 @@ from dvpo.data.records import Example
 from dvpo.data.templates import Encoded
 from dvpo.errors import InputError
 from dvpo.objectives.policy_loss import token_logprobs
+from dvpo.training import gvm
 from dvpo.training.common import last_checkpoint
 from dvpo.training.dpo import train_dpo
 from dvpo.training.gvm import GvmTrainer, ValueText, train_gvm
@@ -94,9 +95,12 @@ def cut_off_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(GvmTrainer, "_save_checkpoint", saves_and_dies)
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_interrupted_and_resumed_equals_uninterrupted(checkpoints, labelled, tmp_path, monkeypatch, lora) -> None:
+@pytest.mark.parametrize(("lora", "worth"), [(None, 1e9), (LORA, 1e9), (None, 0)], ids=["whole", "lora", "packed"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    checkpoints, labelled, tmp_path, monkeypatch, lora, worth: float
+) -> None:
     """Bit for bit, across an epoch's end (three steps an epoch, cut at step 4)."""
+    monkeypatch.setattr(gvm, "_WORTH_PACKING", worth)
     settings = gvm_settings(max_steps=8, save_steps=2, schedule="cosine", warmup_steps=2, lora=lora)
     start = checkpoints["llama", "policy"]
     whole = train_gvm(start, labelled, settings, tmp_path / "whole", tmp_path / "state-whole", 7)
