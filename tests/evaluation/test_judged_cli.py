@@ -133,7 +133,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(fake_judge, folder, capsys)
     )
     assert reached.wait(60)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "run the same command to go on" in said
     kept = list((folder / "kept" / "judgments").rglob("*.json"))
