@@ -93,6 +93,12 @@ class PackedDecoderLayer(nn.Module):
         return self.mlp(_unit(hidden_1_N_D, self._eps[1])).add_(hidden_1_N_D)
 
 
+def bound_kernels() -> None:
+    """Bounds how many kernels oneDNN keeps. To be called before anything is computed: it asks once."""
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _KEPT_KERNELS)
+
+
 @torch.no_grad()
 def pack_decoder(body: nn.Module) -> None:
     """Changes the decoder layers of a model that reads packed rows in place, where they are of the form known here."""
@@ -100,10 +106,8 @@ def pack_decoder(body: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available() or not isinstance(layers, nn.ModuleList):
         return
     for index, layer in enumerate(layers):
-        if not _is_decoder_layer(layer):
-            return
-        packed = PackedDecoderLayer(layer)
-        if not _computes_the_same(packed, layer, body):
+        packed = _packed_decoder_layer(layer, body)
+        if packed is None:
             return
         layers[index] = packed
 
@@ -113,8 +117,6 @@ def pack_layers(body: nn.Module) -> None:
     """Changes the linear layers inside `body` in place, where this machine has oneDNN. Only for inference on a CPU."""
     if not torch.backends.mkldnn.is_available():
         return
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, _KEPT_KERNELS)
     for module in list(body.modules()):
         for name, child in list(module.named_children()):
             if _is_gated_mlp(child):
@@ -138,7 +140,7 @@ def _eps_of(norm: Any) -> float:
 
 
 def _is_decoder_layer(layer: nn.Module) -> bool:
-    """Whether it has the parts of such a layer and no others; what they compute is tried by `_computes_the_same`."""
+    """Whether it has the parts of such a layer and no others; what they compute is tried afterwards."""
     parts = dict(layer.named_children())
     if set(parts) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return False
@@ -149,9 +151,12 @@ def _is_decoder_layer(layer: nn.Module) -> bool:
     return is_plain and has_eps and _is_gated_mlp(parts["mlp"])
 
 
-def _computes_the_same(packed: PackedDecoderLayer, layer: Any, body: Any) -> bool:
-    """On a few random rows, up to rounding."""
+def _packed_decoder_layer(layer: Any, body: Any) -> PackedDecoderLayer | None:
+    """The layer's packed form, if it is such a layer and the two compute the same on a few random rows."""
+    if not _is_decoder_layer(layer):
+        return None
     try:
+        packed = PackedDecoderLayer(layer)
         like: Tensor = layer.mlp.down_proj.weight
         x = torch.randn(1, 7, like.shape[0], generator=torch.Generator().manual_seed(0)).to(like.dtype)
         places = torch.arange(7)[None]
@@ -162,9 +167,9 @@ def _computes_the_same(packed: PackedDecoderLayer, layer: Any, body: Any) -> boo
         )
         change = (expected - x).float()
         allowed = 1e-4 if like.dtype == torch.float32 else 0.05
-        return bool((found - expected).float().norm() <= allowed * change.norm())
+        return packed if bool((found - expected).float().norm() <= allowed * change.norm()) else None
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
-        return False
+        return None
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from dvpo.packed_attention import Prefix
 from dvpo.packed_values import Group, can_pack, packed_values
 from dvpo.values import score_all, unwrapped
 from server.backends import ModelInfo, Scored
-from server.backends.cpu_layers import pack_decoder, pack_layers
+from server.backends.cpu_layers import bound_kernels, pack_decoder, pack_layers
 from server.loading import identity, load
 
 Dtype = Literal["float32", "bfloat16"]
@@ -96,6 +96,7 @@ class TransformersBackend:
         Raises:
             InputError: nothing usable in the folder; see `server.loading.load`.
         """
+        bound_kernels()
         loaded = load(folder, getattr(torch, dtype))
         self._model: Any = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._cores = torch.get_num_threads()

@@ -96,6 +96,19 @@ def test_layers_of_another_form_are_left_as_they_are(kind: str) -> None:
     assert list(model.model.layers) == before
 
 
+def test_biases_that_only_some_projections_have_are_no_error() -> None:
+    model = classifier("llama", torch.float32)
+    assert can_pack(model)
+    for name in ("q_proj", "k_proj"):
+        attention = model.model.layers[0].self_attn
+        linear = getattr(attention, name)
+        biased = nn.Linear(linear.in_features, linear.out_features, bias=name == "q_proj")
+        setattr(attention, name, biased)
+    before = list(model.model.layers)
+    pack_decoder(model.model)
+    assert list(model.model.layers) == before
+
+
 def test_a_model_without_layers_of_its_own_is_left_alone() -> None:
     block = Block("silu")
     pack_decoder(block)
