@@ -54,7 +54,7 @@ class PackedDecoderLayer(nn.Module):
 
     Queries, keys and values come from one product, the norms' weights are part of the weights behind them, and the
     two halves of a head that are rotated against each other stand as pairs, which makes rotation a complex product.
-    Attention is in float32 always: on a CPU that is no slower than bfloat16.
+    Attention is in float32 always: torch's kernel is no faster in bfloat16 for texts of 300 tokens and more.
     """
 
     is_causal = True
