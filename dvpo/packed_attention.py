@@ -27,26 +27,31 @@ _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_st
 
 @dataclass(frozen=True)
 class Prefix:
-    """What is kept of a prompt of P tokens: keys and values of every layer, [1, heads, P, D], and h_0."""
+    """What is kept of a prompt of P tokens: keys and values of all L layers, and h_0."""
 
-    layers: list[tuple[Tensor, Tensor]]
+    keys_L_1_H_P_D: Tensor
+    values_L_1_H_P_D: Tensor
     h_0: float
 
     @property
     def length(self) -> int:
         """Tokens of the prompt."""
-        return int(self.layers[0][0].shape[2])
+        return int(self.keys_L_1_H_P_D.shape[3])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        return sum(tensor.nbytes for pair in self.layers for tensor in pair)
+        return int(self.keys_L_1_H_P_D.nbytes + self.values_L_1_H_P_D.nbytes)
 
 
 class Handover:
-    """Keys and values of one part of a row, layer by layer, for the parts behind it, which other threads compute."""
+    """Keys and values of one part of a row, layer by layer, for the parts behind it, which other threads compute.
 
-    def __init__(self) -> None:
+    first_layer: the first that is computed in parts.
+    """
+
+    def __init__(self, first_layer: int = 0) -> None:
+        self._first_layer = first_layer
         self._start, self._stop = -1, -1  # what is passed on, from the first token that is wanted to the last
         self._layers: list[tuple[Tensor, Tensor]] = []
         self._failed = False
@@ -80,11 +85,12 @@ class Handover:
 
     def get(self, layer: int, place: slice) -> tuple[Tensor, Tensor]:
         """Waits for a layer's keys and values of some tokens. Raises RuntimeError where they will not come."""
+        at = layer - self._first_layer
         with self._changed:
-            self._changed.wait_for(lambda: self._failed or len(self._layers) > layer)
-            if len(self._layers) <= layer:
+            self._changed.wait_for(lambda: self._failed or len(self._layers) > at)
+            if len(self._layers) <= at:
                 raise RuntimeError("an earlier part of the row failed")
-            key, value = self._layers[layer]
+            key, value = self._layers[at]
         here = slice(place.start - self._start, place.stop - self._start)
         return key[:, :, here], value[:, :, here]
 
@@ -120,19 +126,40 @@ class Segment:
         return sum(map(_length, self.before)) + self.stop - self.start
 
 
+class Kept:
+    """Collects a prompt's keys and values, in one tensor each: many small ones would lie scattered in memory."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self.count = 0
+
+    def put(self, key_1_H_P_D: Tensor, value_1_H_P_D: Tensor) -> None:
+        """Takes the next layer's."""
+        if not self.count:
+            self.keys_L_1_H_P_D, self.values_L_1_H_P_D = (
+                of.new_empty(self._layers, *of.shape) for of in (key_1_H_P_D, value_1_H_P_D)
+            )
+        self.keys_L_1_H_P_D[self.count] = key_1_H_P_D
+        self.values_L_1_H_P_D[self.count] = value_1_H_P_D
+        self.count += 1
+
+
 @dataclass
 class Packing:
-    """How a row is read by attention.
+    """How a row is read.
 
-    keep: prompts whose keys and values `kept` is to collect, by group. handover: given where later parts of the row
-    are computed beside it. `masks` serve all layers, by their rows.
+    keep, kept: prompts whose keys and values are to be collected, by group, and what collects them. wanted: where the
+    last hidden state is read, if not everywhere; a model may leave out the others after its last layer. handover:
+    given where later parts of the row are computed beside it. `masks` and `rotation` serve all layers.
     """
 
     segments: list[Segment] = field(default_factory=list)
     keep: dict[int, tuple[Earlier, ...]] = field(default_factory=dict)
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    kept: dict[int, Kept] = field(default_factory=dict)
+    wanted: list[int] | None = None
     handover: Handover | None = None
     masks: dict[int, Tensor] = field(default_factory=dict)
+    rotation: Tensor | None = None
     together: "_Together | None" = None
 
 
@@ -172,9 +199,8 @@ def attend_packed(
     if strange or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ValueError(f"this attention cannot be packed: {', '.join(sorted(strange)) or type(module).__name__}")
     for index, pieces in packing.keep.items():
-        found = [_of(piece, key, value, module.layer_idx) for piece in pieces]
-        pair = (torch.cat([k for k, _ in found], 2), torch.cat([v for _, v in found], 2))
-        packing.kept.setdefault(index, []).append(pair)
+        keys, values = zip(*(_of(piece, key, value, module.layer_idx) for piece in pieces), strict=True)
+        packing.kept[index].put(*(torch.cat(of, 2) if len(of) > 1 else of[0] for of in (keys, values)))
     if packing.handover is not None and packing.handover.wanted:
         packing.handover.put(key, value)
     one_call = _in_one_call(query)
@@ -189,7 +215,7 @@ def attend_packed(
 def _of(piece: Earlier, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """Keys and values of earlier tokens, [1, heads, length, D]."""
     if isinstance(piece, Prefix):
-        return piece.layers[layer]
+        return piece.keys_L_1_H_P_D[layer], piece.values_L_1_H_P_D[layer]
     if isinstance(piece, Passed):
         return piece.handover.get(layer, piece.place)
     return key[:, :, piece], value[:, :, piece]
@@ -216,7 +242,7 @@ def _attend_together(
     copies = query.shape[1] // key.shape[1]
 
     def rows(of: Tensor, which: int) -> Tensor:
-        whole = torch.cat([of, *(prefix.layers[layer][which] for prefix in plan.prefixes)], 2)
+        whole = torch.cat([of, *(_of(prefix, key, value, layer)[which] for prefix in plan.prefixes)], 2)
         return whole[0, :, plan.keys_K].repeat_interleave(copies, 0).transpose(0, 1).contiguous()
 
     found_N_H_D: Any = attend(
@@ -314,8 +340,14 @@ def _attend_whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | No
 def _attend_in_steps(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: Packing, layer: int
 ) -> Tensor:
-    """`attend_packed` segment by segment, some tokens at once. [1, N, heads, D]."""
-    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    """`attend_packed` segment by segment, some tokens at once. [1, N, heads, D].
+
+    Query heads that share keys (G of them) stand as rows of one head: larger products, the same numbers.
+    """
+    heads = key.shape[1]
+    query_1_H_N_G_D = query.unflatten(1, (heads, -1)).transpose(2, 3).contiguous()
+    sharing = query_1_H_N_G_D.shape[3]
+    output_N_H_G_D = query.new_empty(query.shape[2], heads, sharing, value.shape[3])
     for segment in packing.segments:
         place = slice(segment.start, segment.stop)
         keys, values = key[:, :, place], value[:, :, place]
@@ -326,37 +358,26 @@ def _attend_in_steps(
         later = keys.shape[2] - segment.stop  # from a token's place in the row to its place among the keys
         for start in range(segment.start, segment.stop, step):
             stop = min(start + step, segment.stop)
-            seen = slice(0, stop + later)
-            attended = _attend(query[:, :, start:stop], keys[:, :, seen], values[:, :, seen], scaling, packing)
-            output[:, start:stop] = attended.transpose(1, 2)
-    return output
+            mask = _mask(stop - start, sharing, packing, query)
+            attended = functional.scaled_dot_product_attention(
+                query_1_H_N_G_D[:, :, start:stop].flatten(2, 3),
+                keys[:, :, : stop + later],
+                values[:, :, : stop + later],
+                attn_mask=mask[:, mask.shape[1] - stop - later :],  # its columns end with the last token seen
+                scale=scaling,
+            )
+            output_N_H_G_D[start:stop] = attended[0].unflatten(1, (-1, sharing)).transpose(0, 1)
+    return output_N_H_G_D.flatten(1, 2)[None]
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, packing: Packing) -> Tensor:
-    """Attention of the last R tokens [1, heads, R, D] to C tokens, causally. Returns [1, heads, R, D].
-
-    Query heads that share keys stand below one another as the rows of one head: larger products, the same numbers.
-    """
-    heads, rows = query.shape[1:3]
-    sharing = heads // keys.shape[1]
-    if rows not in packing.masks:
+def _mask(tokens: int, sharing: int, packing: Packing, like: Tensor) -> Tensor:
+    """What the last `tokens` of a segment may look at, to be added to the scores, each `sharing` times."""
+    if tokens not in packing.masks:
         longest = max(segment.keys for segment in packing.segments)
-        packing.masks[rows] = _mask(rows, longest, query).repeat(sharing, 1)
-    mask = packing.masks[rows]
-    found = functional.scaled_dot_product_attention(
-        query.reshape(1, keys.shape[1], sharing * rows, -1),
-        keys,
-        values,
-        attn_mask=mask[:, mask.shape[1] - keys.shape[2] :],  # its columns end with the last token seen
-        scale=scaling,
-    )
-    return found.reshape(1, heads, rows, -1)
-
-
-def _mask(rows: int, columns: int, like: Tensor) -> Tensor:
-    """What the last `rows` of `columns` tokens may look at, to be added to the scores. [rows, columns]."""
-    allowed = torch.ones(rows, columns, dtype=torch.bool, device=like.device).tril(columns - rows)
-    return torch.zeros(rows, columns, dtype=like.dtype, device=like.device).masked_fill(~allowed, float("-inf"))
+        allowed = torch.ones(tokens, longest, dtype=torch.bool, device=like.device).tril(longest - tokens)
+        mask = torch.zeros(tokens, longest, dtype=like.dtype, device=like.device).masked_fill(~allowed, float("-inf"))
+        packing.masks[tokens] = mask.repeat_interleave(sharing, 0)
+    return packing.masks[tokens]
 
 
 AttentionInterface.register(ATTENTION, attend_packed)

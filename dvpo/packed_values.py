@@ -11,7 +11,6 @@ Training reads its batches in such a row too (`PackedBatch`), every text with a 
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from dvpo.data.templates import Encoded
 from dvpo.models import head
-from dvpo.packed_attention import ATTENTION, Earlier, Packing, Prefix, Segment
+from dvpo.packed_attention import ATTENTION, Earlier, Kept, Packing, Prefix, Segment
 from dvpo.packed_parts import Row, cut, run_together
 from dvpo.values import collate, position_ids, unwrapped
 
@@ -62,7 +61,7 @@ def collate_packed(items: Sequence[Encoded]) -> PackedBatch:
     counts_B = torch.tensor([len(item.response_ids) + 1 for item in items])
     mask_B_S = torch.arange(int(counts_B.max())) < counts_B[:, None]
     states_B_S = torch.zeros(mask_B_S.shape, dtype=torch.long)
-    states_B_S[mask_B_S] = torch.tensor(row.wanted)
+    states_B_S[mask_B_S] = torch.tensor(row.packing.wanted)
     lengths_B = torch.tensor([len(item.prompt_ids) + len(item.response_ids) for item in items])
     return PackedBatch(torch.tensor([row.ids]), torch.tensor([row.positions]), lengths_B, states_B_S, mask_B_S)
 
@@ -101,22 +100,26 @@ def packed_values(model: Any, groups: Sequence[Group], parts: int = 1) -> tuple[
         parts: on a CPU, so many threads compute a part of the row each; see `dvpo.packed_parts`.
     """
     plain = unwrapped(model)
-    row = _pack(groups)
-    rows = cut(row, parts, plain.config.get_text_config().hidden_size) if row.ids else []
-    if len(rows) > 1:
-        found = run_together(partial(_values_of, plain), rows)
+    config = plain.config.get_text_config()
+    row = _pack(groups, config.num_hidden_layers)
+    if not row.ids:
+        found = []
+    elif len(rows := cut(row, parts, config.hidden_size)) > 1:
+        threads = max(1, torch.get_num_threads() // len(rows))
+        found = run_together(lambda part: _values_of(plain, rows[part]), [each.packing for each in rows], threads)
     else:
-        found = [_values_of(plain, each) for each in rows]
-    kept = {index: layers for each in rows for index, layers in each.packing.kept.items()}
-    return _unpack(groups, torch.cat([torch.empty(0), *found]), kept)
+        found = [_values_of(plain, row)]
+    return _unpack(groups, torch.cat([torch.empty(0), *found]), row.packing.kept)
 
 
 @torch.inference_mode()
 def _values_of(plain: Any, row: Row) -> Tensor:
     """The values that are wanted of a row, float32, on the CPU. [W]."""
-    device = next(plain.parameters()).device
+    wanted: Any = row.packing.wanted
     hidden_N_D = _hidden(plain, row)
-    return head(plain)(hidden_N_D[torch.tensor(row.wanted, dtype=torch.long, device=device)]).squeeze(-1).float().cpu()
+    if len(hidden_N_D) > len(wanted):  # else the model has left out the others
+        hidden_N_D = hidden_N_D[torch.tensor(wanted, dtype=torch.long, device=hidden_N_D.device)]
+    return head(plain)(hidden_N_D).squeeze(-1).float().cpu()
 
 
 def _hidden(plain: Any, row: Row) -> Tensor:
@@ -147,12 +150,13 @@ def can_pack(model: Any) -> bool:
     try:
         expected = [_hidden_alone(plain, Encoded(prompt, response)) for response in (first, second)]
         plain.set_attn_implementation(ATTENTION)
-        row = _pack([Group(prompt, [first, second], keep=True)])
+        layers = plain.config.get_text_config().num_hidden_layers
+        row = _pack([Group(prompt, [first, second], keep=True)], layers)
         with torch.inference_mode():
             hidden_N_D = _hidden(plain, row)
         found = hidden_N_D.split([len(prompt) + len(first), len(second)])
         alike = _alike(found[0], expected[0]) and _alike(found[1], expected[1][len(prompt) :])
-        alike = alike and len(row.packing.kept.get(0, [])) == plain.config.get_text_config().num_hidden_layers
+        alike = alike and row.packing.kept[0].count == layers
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
         alike = False
     if not alike:
@@ -187,12 +191,12 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
     return bool((found.float() - expected.float()).norm() <= allowed * expected.float().norm())
 
 
-def _pack(groups: Sequence[Group]) -> Row:
-    """The texts of all groups in one row."""
-    packing = Packing()
+def _pack(groups: Sequence[Group], layers: int = 0) -> Row:
+    """The texts of all groups in one row. layers: of the model, where prompts are kept."""
     ids: list[int] = []
     positions: list[int] = []
     wanted: list[int] = []
+    packing = Packing(wanted=wanted)
     for index, group in enumerate(groups):
         length = len(group.prompt_ids)
         if not length:
@@ -206,6 +210,7 @@ def _pack(groups: Sequence[Group]) -> Row:
             prompt = slice(start, start + length)
             if group.keep:
                 packing.keep[index] = (prompt,)
+                packing.kept[index] = Kept(layers)
         for response in group.responses:
             # The first response after a prompt in the row goes on in the prompt's own segment.
             first = len(ids)
@@ -217,11 +222,11 @@ def _pack(groups: Sequence[Group]) -> Row:
                 before = (prompt,)
             elif response:
                 packing.segments.append(Segment(first, len(ids), before))
-    return Row(packing, ids, positions, wanted)
+    return Row(packing, ids, positions)
 
 
 def _unpack(
-    groups: Sequence[Group], values_W: Tensor, layers: dict[int, list[tuple[Tensor, Tensor]]]
+    groups: Sequence[Group], values_W: Tensor, collected: dict[int, Kept]
 ) -> tuple[list[list[Tensor]], dict[int, Prefix]]:
     """Splits the wanted values by group and response; h_0 of a kept prompt comes from what was kept."""
     values: list[list[Tensor]] = []
@@ -237,6 +242,7 @@ def _unpack(
         for response in group.responses:
             values[-1].append(torch.cat([h_0, values_W[at : at + len(response)]]))
             at += len(response)
-        if index in layers:
-            kept[index] = Prefix(layers[index], float(h_0))
+        if index in collected:
+            of = collected[index]
+            kept[index] = Prefix(of.keys_L_1_H_P_D, of.values_L_1_H_P_D, float(h_0))
     return values, kept

@@ -42,8 +42,8 @@ def require_alike(found: tuple[Any, dict[int, Prefix]], expected: tuple[Any, dic
     for index, kept in found[1].items():
         other = expected[1][index]
         assert kept.h_0 == pytest.approx(other.h_0, abs=1e-5)
-        for pairs in zip(kept.layers, other.layers, strict=True):
-            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*pairs, strict=True))
+        assert torch.allclose(kept.keys_L_1_H_P_D, other.keys_L_1_H_P_D, atol=1e-5)
+        assert torch.allclose(kept.values_L_1_H_P_D, other.values_L_1_H_P_D, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,7 +64,8 @@ def test_every_token_and_every_value_is_in_one_part(given_groups: list[Group], p
     assert [i for part in found for i in part.ids] == row.ids
     assert [p for part in found for p in part.positions] == row.positions
     starts = [sum(len(before.ids) for before in found[:i]) for i in range(len(found))]
-    assert [w + start for part, start in zip(found, starts, strict=True) for w in part.wanted] == row.wanted
+    wanted = [w + start for part, start in zip(found, starts, strict=True) for w in part.packing.wanted or ()]
+    assert wanted == row.packing.wanted
     for part in found:
         ends = [(s.start, s.stop) for s in part.packing.segments]
         assert [a for a, _ in ends] == [0, *(b for _, b in ends[:-1])]  # they follow one another
@@ -73,7 +74,7 @@ def test_every_token_and_every_value_is_in_one_part(given_groups: list[Group], p
 
 def test_parts_take_about_as_long() -> None:
     """A later token looks at more tokens, so the second of two parts has fewer; with a wide model hardly so."""
-    row = Row(Packing([Segment(0, 1000)]), [1] * 1000, list(range(1000)), [999])
+    row = Row(Packing([Segment(0, 1000)]), [1] * 1000, list(range(1000)))
     narrow, wide = (len(cut(row, 2, width)[0].ids) for width in (64, 4096))
     assert narrow > wide > 500
     assert narrow + (narrow**2 / 2) / 192 == pytest.approx((1000 + (1000**2 / 2) / 192) / 2, rel=0.01)
@@ -137,8 +138,16 @@ def test_only_what_is_wanted_is_handed_over() -> None:
     assert handover._layers[0][0].untyped_storage().nbytes() == 5 * key.element_size()
 
 
-def test_a_row_of_one_part_runs_in_this_thread() -> None:
-    row = Row(Packing([Segment(0, 2)]), [1, 2], [0, 1], [1])
+def test_one_part_runs_in_this_thread() -> None:
     seen: list[threading.Thread] = []
-    run_together(lambda part: (seen.append(threading.current_thread()), torch.empty(0))[1], cut(row, 1, 8))
+    run_together(lambda part: (seen.append(threading.current_thread()), torch.empty(0))[1], [Packing()], threads=1)
     assert seen == [threading.current_thread()]
+
+
+def test_layers_are_handed_over_from_the_first_that_is_computed_in_parts() -> None:
+    handover = Handover(first_layer=7)
+    handover.want(slice(0, 1))
+    key = torch.ones(1, 1, 1, 1)
+    handover.put(7 * key, key)
+    handover.put(8 * key, key)
+    assert [handover.get(layer, slice(0, 1))[0].item() for layer in (7, 8)] == [7, 8]

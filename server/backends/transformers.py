@@ -15,17 +15,17 @@ from dvpo.data.templates import Encoded
 from dvpo.errors import InputError, StageError
 from dvpo.models import load_tokenizer
 from dvpo.packed_attention import Prefix
+from dvpo.packed_parts import LEAST_PART, Cores
 from dvpo.packed_values import Group, can_pack, packed_values
 from dvpo.values import score_all, unwrapped
 from server.backends import ModelInfo, Scored
-from server.backends.cpu_layers import bound_kernels, pack_decoder, pack_layers
+from server.backends.cpu_decoder import pack_decoder
+from server.backends.cpu_layers import pack_layers, prepare_process
 from server.loading import identity, load
 
 Dtype = Literal["float32", "bfloat16"]
 _MOST_WORKERS = 8
 """Each holds the hidden states of a batch."""
-_LEAST_PART = 64
-"""Tokens of a batch that a core takes, where one batch is divided among the cores."""
 
 
 class PrefixCache:
@@ -96,11 +96,12 @@ class TransformersBackend:
         Raises:
             InputError: nothing usable in the folder; see `server.loading.load`.
         """
-        bound_kernels()
+        prepare_process()
         loaded = load(folder, getattr(torch, dtype))
         self._model: Any = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._cores = torch.get_num_threads()
         self.workers = 1 if torch.cuda.is_available() or exact else min(self._cores, _MOST_WORKERS)
+        self._shares = Cores(self.workers)
         tokenizer: Any = load_tokenizer(folder)
         self._pad_id: int = tokenizer.pad_token_id
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
@@ -108,7 +109,7 @@ class TransformersBackend:
         if not torch.cuda.is_available():
             body = unwrapped(self._model).base_model
             if self._packs:
-                pack_decoder(body)
+                pack_decoder(body, self._shares)
             pack_layers(body)
         self._one_by_one = exact or _scales_with_length(self._model.config)
         self.cache = PrefixCache(0 if self._one_by_one or not self._packs else cache_bytes)
@@ -133,7 +134,8 @@ class TransformersBackend:
             torch.set_num_threads(self._cores if alone else max(1, self._cores // self.workers))  # of this thread only
         if self._one_by_one:
             return [scored for item in items for scored in self._score([item])]
-        return self._score(items, self._cores if alone and self.workers > 1 else 1)
+        with self._shares.busy(self.workers if alone else 1):
+            return self._score(items, self._cores if alone and self.workers > 1 else 1)
 
     def close(self) -> None:
         """Frees the model and what was kept."""
@@ -161,7 +163,7 @@ class TransformersBackend:
             responses = [items[i].response_ids for i in indices]
             # A prompt seen once is kept too: the rest of its group may come in requests of their own.
             groups.append(Group(items[indices[0]].prompt_ids, responses, self.cache.get(key), keep=self.keeps_prompts))
-        parts = min(cores, max(1, sum(group.tokens for group in groups) // _LEAST_PART))
+        parts = min(cores, max(1, sum(group.tokens for group in groups) // LEAST_PART))
         found, kept = packed_values(self._model, groups, parts)
         values: list[Tensor] = [torch.empty(0)] * len(items)
         cached = [0] * len(items)

@@ -1,0 +1,179 @@
+"""A CPU's decoder against the layers that it stands for, alone and with cores that join in."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig, AutoModelForTokenClassification
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from dvpo import packed_parts
+from dvpo.packed_parts import Cores
+from dvpo.packed_values import Group, can_pack, packed_values
+from server.backends import cpu_decoder
+from server.backends.cpu_decoder import PackedDecoder, pack_decoder
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this machine has no oneDNN")
+
+
+def classifier(kind: str, dtype: torch.dtype, **more: Any) -> Any:
+    """A random value model of an architecture, with norms whose weights are not 1."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        kind, **sizes, num_key_value_heads=2, vocab_size=64, head_dim=8, num_labels=1, pad_token_id=0, **more
+    )
+    model = AutoModelForTokenClassification.from_config(config).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_decoder_layers_compute_what_they_stand_for(kind: str, dtype: torch.dtype, allowed: float) -> None:
+    more = {"sliding_window": None} if kind == "mistral" else {}
+    model = classifier(kind, dtype, **more)
+    groups = [Group([5, 6, 7, 8], [[9, 10], [11, 12, 13]], keep=True), Group([14], [[15] * 80])]
+    assert can_pack(model)
+    expected, kept = packed_values(model, groups)
+    pack_decoder(model.model, Cores(1))
+    assert [type(layer) for layer in model.model.layers] == [PackedDecoder]
+    found, kept_here = packed_values(model, groups)
+    warm, _ = packed_values(model, [Group(g.prompt_ids, g.responses, kept_here.get(i)) for i, g in enumerate(groups)])
+    for values in (found, warm):
+        a, b = (torch.cat([v for group in each for v in group]) for each in (values, expected))
+        assert (a - b).norm() <= allowed * b.norm()
+    assert kept.keys() == kept_here.keys()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma"])
+def test_layers_of_another_form_are_left_as_they_are(kind: str) -> None:
+    """Qwen3's heads are normed, and Gemma's norms count from 1."""
+    model = classifier(kind, torch.float32)
+    assert can_pack(model)
+    before = list(model.model.layers)
+    pack_decoder(model.model, Cores(1))
+    assert list(model.model.layers) == before
+
+
+def test_biases_that_only_some_projections_have_are_no_error() -> None:
+    model = classifier("llama", torch.float32)
+    assert can_pack(model)
+    for name in ("q_proj", "k_proj"):
+        attention = model.model.layers[0].self_attn
+        linear = getattr(attention, name)
+        biased = nn.Linear(linear.in_features, linear.out_features, bias=name == "q_proj")
+        setattr(attention, name, biased)
+    before = list(model.model.layers)
+    pack_decoder(model.model, Cores(1))
+    assert list(model.model.layers) == before
+
+
+def test_a_model_without_layers_of_its_own_is_left_alone() -> None:
+    mlp = classifier("llama", torch.float32).model.layers[0].mlp
+    pack_decoder(mlp, Cores(1))
+    assert type(mlp) is LlamaMLP
+
+
+class Joining(Cores):
+    """So many cores join in between the layers before `layer` and that one, whatever runs."""
+
+    def __init__(self, layer: int, count: int) -> None:
+        super().__init__(count)
+        self._asked, self._layer, self._count = 0, layer, count
+        self.joined: list[int] = []
+
+    def claim(self, most: int) -> int:
+        self._asked += 1
+        if self._asked != self._layer:
+            return 0
+        self.joined.append(min(self._count, most))
+        return self.joined[-1]
+
+
+some = st.lists(st.integers(3, 60), max_size=30)
+groups = st.lists(
+    st.builds(
+        Group,
+        st.lists(st.integers(3, 60), min_size=1, max_size=40),
+        st.lists(some, min_size=1, max_size=3),
+        keep=st.booleans(),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(given_groups=groups, layer=st.integers(1, 2), count=st.integers(1, 3))
+def test_cores_that_join_in_change_nothing(given_groups: list[Group], layer: int, count: int) -> None:
+    model = classifier("llama", torch.float32)
+    assert can_pack(model)
+    expected, kept = packed_values(model, given_groups)
+    cores = Joining(layer, count)
+    pack_decoder(model.model, cores)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_decoder, "LEAST_PART", 4)
+        found, kept_here = packed_values(model, given_groups)
+    tokens = sum(group.tokens for group in given_groups)
+    assert cores.joined == ([min(count, tokens // 4 - 1)] if tokens >= 8 else [])
+    for mine, theirs in zip(found, expected, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert kept.keys() == kept_here.keys()
+    for index, prefix in kept.items():
+        other = kept_here[index]
+        assert torch.allclose(prefix.values_L_1_H_P_D, other.values_L_1_H_P_D, atol=1e-5)
+        # Keys stand in pairs here, so only their products with each other are the same.
+        assert torch.allclose(prefix.keys_L_1_H_P_D.square().sum(-1), other.keys_L_1_H_P_D.square().sum(-1), atol=1e-4)
+
+
+def test_a_core_joins_in_when_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(packed_parts.time, "monotonic", lambda: now[0])
+    cores = Cores(3)
+    now[0] += 1
+    with cores.busy(1):
+        assert cores.claim(3) == 0  # what it has to do may be on its way
+        now[0] += 0.1
+        assert cores.claim(1) == 1
+        assert cores.claim(3) == 1
+        assert cores.claim(3) == 0
+        with cores.busy(1):  # a batch came after all: for a while there is more to do than there are cores
+            now[0] += 0.1
+            assert cores.claim(3) == 0
+        cores.release(2)
+        assert cores.claim(3) == 0
+        now[0] += 0.1
+        assert cores.claim(3) == 2
+        cores.release(2)
+    now[0] += 0.1
+    assert cores.claim(4) == 3
+
+
+def test_a_part_that_fails_frees_the_cores_that_joined_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classifier("llama", torch.float32)
+    assert can_pack(model)
+    cores = Joining(1, 1)
+    pack_decoder(model.model, cores)
+    released: list[int] = []
+    monkeypatch.setattr(cores, "release", released.append)
+
+    def fails(self: PackedDecoder, first: int, stop: int, *others: Any) -> torch.Tensor:
+        if first == 1 and threading.current_thread().name == "part-1":
+            raise MemoryError("no room for this part")
+        return whole(self, first, stop, *others)
+
+    whole = PackedDecoder._from
+    monkeypatch.setattr(PackedDecoder, "_from", fails)
+    before = threading.active_count()
+    with pytest.raises(MemoryError, match="no room for this part"):
+        packed_values(model, [Group([5] * 100, [[6] * 100])])
+    assert released == [1]
+    assert threading.active_count() == before
