@@ -72,7 +72,7 @@ def test_a_batch_that_is_divided_among_cores_has_the_same_values(checkpoints, mo
     ours.cache.clear()
     parts: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(backend_module, "_LEAST_PART", 4)
+        patch.setattr(backend_module, "LEAST_PART", 4)
         patch.setattr(ours, "_cores", cores)
         patch.setattr(ours, "workers", cores)
         patch.setattr(backend_module, "packed_values", lambda m, g, p: (parts.append(p), packed_values(m, g, p))[1])
