@@ -75,7 +75,8 @@ class TransformersBackend:
     the last bit, and slower.
 
     `workers` says how many threads may call `score` at once. On a CPU that is one for each core: two batches on a core
-    each are done sooner than one after the other on both. A batch that is alone is cut into a part for each core.
+    each are done sooner than one after the other on both. A batch that is alone is cut into a part for each core, and a
+    core that becomes idle while another has a batch joins in with it.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class TransformersBackend:
         self._model: Any = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._cores = torch.get_num_threads()
         self.workers = 1 if torch.cuda.is_available() or exact else min(self._cores, _MOST_WORKERS)
-        self._shares = Cores(self.workers)
+        self._shares = Cores(0 if exact else self.workers)
         tokenizer: Any = load_tokenizer(folder)
         self._pad_id: int = tokenizer.pad_token_id
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
@@ -132,9 +133,9 @@ class TransformersBackend:
             self._require_known(index, item)
         if self.workers > 1:
             torch.set_num_threads(self._cores if alone else max(1, self._cores // self.workers))  # of this thread only
-        if self._one_by_one:
-            return [scored for item in items for scored in self._score([item])]
         with self._shares.busy(self.workers if alone else 1):
+            if self._one_by_one:
+                return [scored for item in items for scored in self._score([item])]
             return self._score(items, self._cores if alone and self.workers > 1 else 1)
 
     def close(self) -> None:

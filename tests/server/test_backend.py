@@ -16,11 +16,13 @@ from transformers import (
     MistralForTokenClassification,
 )
 
+from dvpo import packed_parts
 from dvpo.data.templates import Encoded
 from dvpo.errors import InputError, StageError
 from dvpo.packed_values import packed_values
 from server.backends import Scored
 from server.backends import transformers as backend_module
+from server.backends.cpu_decoder import PackedDecoder
 from server.backends.transformers import TransformersBackend
 
 TOLERANCE = 1e-5
@@ -234,3 +236,23 @@ def test_info_says_what_is_served(checkpoints) -> None:
     assert reward.form == "sequence classifier LlamaForSequenceClassification, its head read at every token"
     assert value.weights_sha256 != reward.weights_sha256
     assert value.tokenizer_sha256 == reward.tokenizer_sha256
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes a batch in one part")
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="this machine has one core")
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_idle_core_joins_in_unless_it_has_to_be_exact(checkpoints, monkeypatch, exact: bool) -> None:
+    folder = checkpoints["llama", "value"]
+    item = Encoded([7, 8, 9], [5, 6] * 150)
+    joined: list[int] = []
+    in_parts = PackedDecoder._in_parts
+    monkeypatch.setattr(
+        PackedDecoder,
+        "_in_parts",
+        lambda self, first, parts, *a: (joined.append(parts), in_parts(self, first, parts, *a))[1],
+    )
+    monkeypatch.setattr(packed_parts, "_IDLE_SECONDS", 0)
+    ours = TransformersBackend(folder, exact=exact)
+    for _ in range(2):  # the second time with the prompt kept
+        require_equal(ours.score([item], alone=False), [alone(folder, "value", item)])
+    assert (joined == []) if exact else (len(joined) == 2 and min(joined) >= 2)
