@@ -17,6 +17,8 @@ from server.backends.cpu_layers import PackedGatedMlp, PackedLinear, is_gated_ml
 class PackedDecoderLayer(nn.Module):
     """A decoder layer of Llama, Mistral, Qwen2 and their like over a packed row. hidden_1_N_D -> hidden_1_N_D.
 
+    From the last one come only the W rows that are wanted, hidden_1_W_D.
+
     Queries, keys and values come from one product, the norms' weights are part of the weights behind them, and the
     two halves of a head that are rotated against each other stand as pairs, which makes rotation a complex product.
     Attention is in float32 always: torch's kernel is no faster in bfloat16 for texts of 300 tokens and more.
@@ -120,7 +122,7 @@ class PackedDecoder(nn.Module):
 def pack_decoder(body: nn.Module, cores: Cores) -> None:
     """Changes the decoder layers of a model that reads packed rows in place, where they are of the form known here."""
     layers: Any = getattr(body, "layers", None)
-    if not torch.backends.mkldnn.is_available() or not isinstance(layers, nn.ModuleList):
+    if not torch.backends.mkldnn.is_available() or not isinstance(layers, nn.ModuleList) or not len(layers):
         return
     done: list[PackedDecoderLayer] = []
     for index, layer in enumerate(layers):

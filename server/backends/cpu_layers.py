@@ -1,8 +1,9 @@
-"""A CPU's faster form of a model's layers: weights laid out once for oneDNN, and little done between the products.
+"""A CPU's faster form of a model's linear layers, and what their process is to be set to. `cpu_decoder` has the rest.
 
-In a trial on a core with AVX-512, a layer of 576 x 1536 in float32 computed 109 instead of 95 GFLOP a second. Gated
-feed-forward layers (gate, up, down) also get their activation done while a result is still in the cache. Sums and
-products with another tensor are not given to oneDNN: it takes longer for them than a pass of their own.
+Weights are laid out once for oneDNN: in a trial on a core with AVX-512, a layer of 576 x 1536 in float32 computed 109
+instead of 95 GFLOP a second. Gated feed-forward layers (gate, up, down) also get their activation done while a result
+is still in the cache. Sums and products with another tensor are not given to oneDNN: it takes longer for them than a
+pass of their own.
 """
 
 import ctypes

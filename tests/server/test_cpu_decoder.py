@@ -177,3 +177,10 @@ def test_a_part_that_fails_frees_the_cores_that_joined_in(monkeypatch: pytest.Mo
         packed_values(model, [Group([5] * 100, [[6] * 100])])
     assert released == [1]
     assert threading.active_count() == before
+
+
+def test_a_model_of_no_layers_is_left_alone() -> None:
+    body = nn.Module()
+    body.layers = nn.ModuleList()
+    pack_decoder(body, Cores(1))
+    assert not len(body.layers)
