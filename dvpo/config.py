@@ -191,7 +191,8 @@ class PolicySettings(Settings):
     `minibatch_size` responses (times the group size for GRPO), each one optimiser step in micro-batches. Both numbers
     are of all processes together; `micro_batch_size` is what one process runs at a time.
     frozen: the reference, value and reward models stand whole on every device (`resident`), or their layers are spread
-    over the processes (`sharded`), in `frozen_dtype`.
+    over the processes (`sharded`), in `frozen_dtype`. With `bf16` the linear weights of resident ones are bfloat16 in
+    any case, as autocast reads them.
     """
 
     algorithm: Algorithm

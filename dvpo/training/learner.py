@@ -31,7 +31,7 @@ def learner(
         return ZeroLearner(module, learning_rate, max_grad_norm, processes, bf16)
     if processes.strategy == "fsdp2":
         return ShardedLearner(module, learning_rate, max_grad_norm, processes)
-    return Learner(module, learning_rate, max_grad_norm, processes)
+    return Learner(module, learning_rate, max_grad_norm, processes, bf16)
 
 
 class Learner:
@@ -40,10 +40,12 @@ class Learner:
     module: the plain model. model: what forward passes go through.
     """
 
-    def __init__(self, module: Any, learning_rate: float, max_grad_norm: float, processes: Processes):
+    def __init__(
+        self, module: Any, learning_rate: float, max_grad_norm: float, processes: Processes, bf16: bool = False
+    ):
         self.module = self.model = module
         self.max_grad_norm, self.processes = max_grad_norm, processes
-        self.optimizer = adamw(module, learning_rate)
+        self.optimizer = adamw(module, learning_rate, fused=bf16)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds a micro-batch's gradient; `last` says that a step follows."""
@@ -70,7 +72,7 @@ class Learner:
     def load(self, state: State) -> None:
         """Takes up a `state`."""
         self.module.load_state_dict(state["weights"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._as_here(state["optimizer"]))
 
     def save(self, tokenizer: Any, folder: Path) -> None:
         """An ordinary checkpoint folder, written by the main process; every process takes part."""
@@ -78,6 +80,11 @@ class Learner:
         if self.processes.main:
             models.save(self.module, tokenizer, folder, weights)
         self.processes.wait()
+
+    def _as_here(self, saved: State) -> State:
+        """An optimizer's state to be computed with as this run does, whatever kind of run it is of."""
+        here = {name: self.optimizer.param_groups[0][name] for name in ("foreach", "fused")}
+        return {**saved, "param_groups": [{**group, **here} for group in saved["param_groups"]]}
 
     def _consolidated(self) -> dict[str, Tensor] | None:
         """The weights as they are to be saved; None where the module holds them."""
@@ -137,7 +144,7 @@ class ZeroLearner(Learner):
         """See `Learner`."""
         parameters = dict(self.module.named_parameters())
         weights = {parameters[name]: value for name, value in state["weights"].items()}
-        load_zero_state(self.zero, self.groups, state["optimizer"], weights)
+        load_zero_state(self.zero, self.groups, self._as_here(state["optimizer"]), weights)
 
     def _consolidated(self) -> dict[str, Tensor] | None:
         return self.model._zero3_consolidated_16bit_state_dict() if self.stage == 3 else None
@@ -207,7 +214,7 @@ class ShardedLearner(Learner):
             i: {key: like(parameters[i], value) if value.dim() else value for key, value in moments.items()}
             for i, moments in saved["state"].items()
         }
-        self.optimizer.load_state_dict({**saved, "state": parts})
+        self.optimizer.load_state_dict(self._as_here({**saved, "state": parts}))
 
     def _consolidated(self) -> dict[str, Tensor] | None:
         return {name: whole(value) for name, value in self.module.state_dict().items()}
@@ -231,6 +238,10 @@ def trainable(module: Any) -> list[torch.nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def adamw(module: Any, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW without weight decay over what learns."""
-    return torch.optim.AdamW(trainable(module), lr=learning_rate, weight_decay=0.0)
+def adamw(module: Any, learning_rate: float, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW without weight decay over what learns.
+
+    fused: by torch's kernel, which is faster and makes no copies of the largest weights, but rounds otherwise than its
+    plain loop.
+    """
+    return torch.optim.AdamW(trainable(module), lr=learning_rate, weight_decay=0.0, fused=fused or None)

@@ -27,6 +27,7 @@ from dvpo.data.records import Message
 from dvpo.data.templates import Encoded, encode_prompt
 from dvpo.errors import InputError
 from dvpo.logprobs import response_logprobs
+from dvpo.memory import give_back
 from dvpo.objectives.advantages import ESTIMATORS, Signals, discounted_sum
 from dvpo.objectives.kl import AdaptiveKL, kl_loss, kl_rewards
 from dvpo.objectives.policy_loss import critic_loss, policy_loss
@@ -129,6 +130,7 @@ class OnlineTrainer:
                 rollouts.advantages = rollouts.advantages * weights
                 row["importance"] = float(masked_mean(weights, rollouts.mask))
         with self._timed("learn"):
+            give_back()  # answering and judging leave holes that gradients do not fit into
             row |= self._learn(rollouts, seed)
         self.kl.update(row["kl"], len(texts))
         self.update += 1

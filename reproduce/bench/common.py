@@ -3,7 +3,6 @@
 So a slow spell of the machine meets all of them alike. The first turn of each is a warm-up and is not counted.
 """
 
-import gc
 import importlib
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.errors import StageError
+from dvpo.memory import give_back
 from reproduce import process_memory, provenance
 from reproduce.commands.common import quiet
 
@@ -38,7 +38,7 @@ class Turns:
 
     def begin(self) -> None:
         """Waits for the first turn. The libraries are loaded, the models are not: memory counts from here."""
-        gc.collect()
+        give_back(after_loading=True)
         self._parent.send("ready")
         self._parent.recv()
         _reset_peak()

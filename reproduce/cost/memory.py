@@ -63,8 +63,7 @@ def resident(job: Job, shape: Shape, setup: Setup, cluster: Cluster) -> Parts:
         if not setup.offload:
             parts["optimizer"] += trainable(shape, role, setup) * setup.optimizer_bytes / _shards(setup, cluster, 1)
     for role in frozen_models(job, setup):
-        shards = cluster.devices if setup.frozen == "sharded" else 1
-        parts["frozen models"] += shape.parameters(role) * (setup.frozen_bytes or setup.weight_bytes) / shards
+        parts["frozen models"] += _frozen(shape, role, setup, cluster)
     return parts
 
 
@@ -117,6 +116,17 @@ def logits(shape: Shape, setup: Setup, rows: float, learning: bool = True) -> fl
 def _weights(shape: Shape, role: Role, setup: Setup, cluster: Cluster) -> float:
     adapter = trainable(shape, role, setup) if setup.lora_rank else 0
     return (shape.parameters(role) + adapter) * setup.weight_bytes / _shards(setup, cluster, 3)
+
+
+def _frozen(shape: Shape, role: Role, setup: Setup, cluster: Cluster) -> float:
+    """A frozen model. Ours holds its linear weights in bfloat16 where it is whole and does not run in float32."""
+    width = setup.frozen_bytes or setup.weight_bytes
+    if setup.frozen == "sharded" and cluster.devices > 1:
+        return shape.parameters(role) * width / cluster.devices
+    head = 0 if shape.tied or role != "policy" else shape.embedding_parameters
+    linear = shape.layers * (shape.layer_parameters - 2 * shape.hidden) + head
+    linear_width = 2 if setup.frozen_bytes and setup.precision != "float32" else width
+    return float(linear * linear_width + (shape.parameters(role) - linear) * width)
 
 
 def _gradients(shape: Shape, role: Role, setup: Setup, cluster: Cluster) -> float:
