@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -231,7 +232,11 @@ S = TypeVar("S", bound=Server)
 
 @contextmanager
 def _running(kind: type[S], command: list[str], port: str, settings: dict[str, str] | None = None) -> Iterator[S]:
-    """A server from its start to its end. What is already in the environment goes before `settings`."""
+    """A server from its start to its end. What is already in the environment goes before `settings`.
+
+    SIGTERM ends the server too: it is held still, in a group of its own, and nobody else would.
+    """
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with open(log, "wb") as output:
@@ -248,6 +253,7 @@ def _running(kind: type[S], command: list[str], port: str, settings: dict[str, s
             yield server
         finally:
             server.end()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _free_port() -> int:

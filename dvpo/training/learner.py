@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dvpo import models
 from dvpo.distributed import Processes, shard_layers, zero_config
+from dvpo.training.tied import add_rows_in_place
 from dvpo.training.zero_state import load_zero_state, zero_state
 
 State = dict[str, Any]
@@ -40,12 +41,17 @@ class Learner:
     module: the plain model. model: what forward passes go through.
     """
 
+    in_place = True
+    """Whether a weight stands whole in one place from a forward pass to the end of its backward pass."""
+
     def __init__(
         self, module: Any, learning_rate: float, max_grad_norm: float, processes: Processes, bf16: bool = False
     ):
         self.module = self.model = module
         self.max_grad_norm, self.processes = max_grad_norm, processes
         self.optimizer = adamw(module, learning_rate, fused=bf16)
+        if bf16:  # the sum is rounded otherwise; float32 runs keep autograd's
+            add_rows_in_place(module)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds a micro-batch's gradient; `last` says that a step follows."""
@@ -93,6 +99,8 @@ class Learner:
 
 class ZeroLearner(Learner):
     """DeepSpeed holds the optimizer's state (stage 1), the gradients (2) and the weights (3) in parts."""
+
+    in_place = False
 
     def __init__(self, module: Any, learning_rate: float, max_grad_norm: float, processes: Processes, bf16: bool):
         import deepspeed
@@ -152,6 +160,8 @@ class ZeroLearner(Learner):
 
 class ShardedLearner(Learner):
     """FSDP2: weights, gradients and optimizer state of the layers in parts; a layer is gathered while it runs."""
+
+    in_place = False
 
     def __init__(self, module: Any, learning_rate: float, max_grad_norm: float, processes: Processes):
         shard_layers(module, processes)

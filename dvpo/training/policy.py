@@ -12,7 +12,7 @@ processes changes nothing but rounding.
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +36,7 @@ from dvpo.rollout import prompt_seed
 from dvpo.training.engines import importance_weights, make_engine
 from dvpo.training.frozen import Frozen, RemoteValues, frozen_model
 from dvpo.training.learner import Learner, learner
+from dvpo.training.mixed import learning_autocast
 from dvpo.training.policy_state import load_state, save_state
 from dvpo.values import ValueBatch, collate, sequence_scores, token_values
 
@@ -239,7 +240,7 @@ class OnlineTrainer:
         batch = collate([r.texts[i] for i in rows], self.tokenizer.pad_token_id).to(self.device)
         width = batch.mask_B_S.shape[1] - 1
         mask, old, ref, advantages = (x[rows, :width] for x in (r.mask, r.old_logprobs, r.ref_logprobs, r.advantages))
-        with self._autocast():
+        with self._learning_autocast():
             logprobs = response_logprobs(self.policy_learner.model, batch, s.temperature)
         loss, clipped = policy_loss(logprobs, old, advantages, mask, s.clip, count)
         if s.kl.form == "loss":
@@ -247,7 +248,7 @@ class OnlineTrainer:
         self.policy_learner.backward(loss, last)
         sums = {"policy_loss": float(loss.detach()), "clipped": float(clipped)}
         if self.critic_learner is not None and r.old_values is not None and r.returns is not None:
-            with self._autocast():
+            with self._learning_autocast():
                 values = token_values(self.critic_learner.model, batch)[:, :-1]
             value_loss = critic_loss(
                 values, r.old_values[rows, :width], r.returns[rows, :width], mask, self.algorithm.value_clip, count
@@ -338,6 +339,11 @@ class OnlineTrainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
+
+    def _learning_autocast(self) -> AbstractContextManager[None]:
+        if self.policy_learner.in_place:
+            return learning_autocast(self.device.type, self.settings.bf16)
+        return self._autocast()
 
     def _text(self, text: Encoded) -> str:
         return self.tokenizer.decode(text.response_ids, skip_special_tokens=True)

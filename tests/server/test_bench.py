@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,24 @@ def test_the_command_against_a_bare_pass(checkpoints, tmp_path) -> None:
     for row in document["workloads"]:
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         assert 0 < row["ours_seconds"]["p50"] <= row["ours_seconds"]["p99"]
+
+
+def test_sigterm_ends_the_servers_too(tmp_path) -> None:
+    said = tmp_path / "pid"
+    command = ["sh", "-c", f"echo $$ > {said}.new; mv {said}.new {said}; exec sleep 600"]
+    script = f"from server.bench_targets import Ours, _running\nwith _running(Ours, {command!r}, '1'): pass"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    try:
+        for _ in range(600):
+            if said.exists():
+                break
+            time.sleep(0.1)
+        server = int(said.read_text())
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert not Path(f"/proc/{server}").exists()
+    finally:
+        process.kill()
 
 
 def test_wrong_options_end_with_2(tmp_path) -> None:
