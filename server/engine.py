@@ -3,9 +3,9 @@
 All state but the backend lives on the event loop, so there are no locks. A worker thread takes one batch at a time.
 A batch that takes too long means that the backend hangs: a thread cannot be ended, so the engine gives up for good.
 
-A batch has as many tokens as the budget allows, or a worker's fair share of what waits if that is less: no worker is
-left without while another has a long batch. Where all that waits fits into one batch and nothing runs, that batch has
-the machine for itself until it is done.
+A batch has as many tokens as the budget allows, or a free worker's fair share of what waits if that is less: no worker
+is left without while another has a long batch, and the only one that is free takes all. Where all that waits fits into
+one batch and nothing runs, that batch has the machine for itself until it is done.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from server.logs import frames_of, logger
 _DOUBT_SECONDS = 10.0
 """For how long the engine counts as failing after the model failed on a text, unless it scores another before."""
 _FAIR_SHARE = 384
-"""Tokens: what waits is spread evenly over so many workers that each gets about this or more."""
+"""Tokens: what waits is spread evenly over so many free workers that each gets about this or more."""
 _PATIENCE, _MOST_PATIENCE = 0.02, 0.05
 """An idle engine waits for more texts, to divide them well: so much of the time that these will take, and so many
 seconds at most.
@@ -272,7 +272,7 @@ class Engine:
             # What has to wait for one prompt cannot be shared by the workers, so it may as well go together.
             alone = not self._running and self._wait_for_one_prompt(waiting)
             cost = cost_of(waiting, self._computed)
-            parts = 1 if alone else max(1, min(self._workers, round(cost / _FAIR_SHARE)))
+            parts = 1 if alone else max(1, min(len(free), round(cost / _FAIR_SHARE)))
             entries = choose(waiting, -(-cost // parts), self._batch_tokens, self._computed)
             for entry in entries:
                 self._remove(entry)

@@ -306,14 +306,29 @@ def test_workers_take_a_fair_share_each_and_run_at_the_same_time() -> None:
         backend.gate.clear()
         task = asyncio.ensure_future(engine.submit([item([i] * 499) for i in range(9)]))
         await until(lambda: len(backend.batches) == 2)
-        assert engine.stats().running_items == 6 and engine.stats().waiting_items == 3
+        assert engine.stats().running_items == 9 and engine.stats().waiting_items == 0
         backend.gate.set()
         assert [s.values_S[1] for s in (await task).scored] == list(range(9))
 
     run(work, backend, workers=2, batch_tokens=4096)
-    # 4,500 tokens wait: half of them for the first. Of the rest, half for the second, and again half.
-    assert sorted(map(len, backend.batches[:2])) == [2, 4] and len(backend.batches[2]) == 1
-    assert not any(backend.alone[:2])
+    assert sorted(map(len, backend.batches)) == [4, 5]
+    assert not any(backend.alone)
+
+
+def test_the_only_free_worker_takes_what_waits() -> None:
+    backend = Fake(max_tokens=3000)
+
+    async def work(engine: Engine) -> None:
+        backend.gate.clear()
+        first = asyncio.ensure_future(engine.submit([item([1] * 1999), item([2] * 1999)]))
+        await until(lambda: len(backend.batches) == 2)
+        rest = [asyncio.ensure_future(engine.submit([item([i] * 499)])) for i in range(4)]
+        await until(lambda: engine.stats().waiting_items == 4)
+        backend.gate.set()
+        await asyncio.gather(first, *rest)
+
+    run(work, backend, workers=2, batch_tokens=4096)
+    assert list(map(len, backend.batches)) == [1, 1, 4]
 
 
 @pytest.mark.parametrize(("texts", "batches"), [(3, [3]), (4, [4]), (5, [2, 3]), (6, [3, 3])])
