@@ -131,7 +131,8 @@ class OnlineTrainer:
                 rollouts.advantages = rollouts.advantages * weights
                 row["importance"] = float(masked_mean(weights, rollouts.mask))
         with self._timed("learn"):
-            give_back()  # answering and judging leave holes that gradients do not fit into
+            if self.settings.bf16 and self.device.type == "cpu":  # float32 on a CPU is for models too small to gain
+                give_back()  # answering and judging leave holes that gradients do not fit into
             row |= self._learn(rollouts, seed)
         self.kl.update(row["kl"], len(texts))
         self.update += 1

@@ -44,11 +44,11 @@ def phases(job: Job, shape: Shape, setup: Setup, cluster: Cluster, slack: float 
             "gradients": sum(gradients[r] for r in held),
             "activations": activations(shape, setup, job.micro_texts * job.length),
             "logits": logits(shape, setup, job.micro_texts * counted) if role == "policy" else 0.0,
-            "working copies": _working(shape, role, setup, cluster),
+            "working copies": _working(job, shape, role, setup, cluster),
         }
     found["update"] = always | {
         "gradients": sum(gradients.values()),
-        "working copies": max(_working(shape, role, setup, cluster) for role in job.method.trained),
+        "working copies": max(_working(job, shape, role, setup, cluster) for role in job.method.trained),
     }
     if setup.zero == 3 and cluster.devices > 1:
         return {name: parts | {"allocator": (slack - 1) * sum(parts.values())} for name, parts in found.items()}
@@ -133,10 +133,13 @@ def _gradients(shape: Shape, role: Role, setup: Setup, cluster: Cluster) -> floa
     return trainable(shape, role, setup) * setup.weight_bytes / _shards(setup, cluster, 2)
 
 
-def _working(shape: Shape, role: Role, setup: Setup, cluster: Cluster) -> float:
-    """Copies that come and go: casts of float32 weights, ZeRO's buckets, stage 3's parameters in use."""
+def _working(job: Job, shape: Shape, role: Role, setup: Setup, cluster: Cluster) -> float:
+    """Copies that come and go: casts of float32 weights, ZeRO's buckets, stage 3's parameters in use.
+
+    Our online loop keeps no casts (`dvpo.training.mixed`); the offline trainers are the libraries'.
+    """
     parameters = shape.parameters(role)
-    casts = 2.0 * parameters if setup.precision == "autocast" else 0.0
+    casts = 2.0 * parameters if setup.precision == "autocast" and not job.method.online else 0.0
     if cluster.devices == 1 or setup.zero == 0:
         return casts
     if setup.zero == 3:
