@@ -14,7 +14,7 @@ import dvpo
 PACKAGE = Path(dvpo.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
-    {"objectives", "data", "config", "files", "errors", "models", "batching", "distributed", "stopping"},
+    {"objectives", "data", "config", "files", "errors", "models", "batching", "distributed", "stopping", "memory"},
     {"values", "packed_attention", "packed_parts", "packed_values", "logprobs", "rollout"},
     {"training", "evaluation", "integrations"},
 ]

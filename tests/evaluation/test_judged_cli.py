@@ -130,6 +130,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(fake_judge, folder, capsys)
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        # A shell that has started the tests in the background has had interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert reached.wait(60)
     process.send_signal(signal.SIGINT)
