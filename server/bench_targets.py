@@ -237,23 +237,25 @@ def _running(kind: type[S], command: list[str], port: str, settings: dict[str, s
     SIGTERM ends the server too: it is held still, in a group of its own, and nobody else would.
     """
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with open(log, "wb") as output:
-            process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**(settings or {}), **os.environ},
-                start_new_session=True,
-            )
-        server = kind(process, f"http://127.0.0.1:{port}", log)
-        try:
-            server.wait_until_ready()
-            yield server
-        finally:
-            server.end()
-            signal.signal(signal.SIGTERM, before)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            with open(log, "wb") as output:
+                process = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**(settings or {}), **os.environ},
+                    start_new_session=True,
+                )
+            server = kind(process, f"http://127.0.0.1:{port}", log)
+            try:
+                server.wait_until_ready()
+                yield server
+            finally:
+                server.end()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _free_port() -> int:

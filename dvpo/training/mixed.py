@@ -2,6 +2,7 @@
 
 Under autocast a layer computes with a bfloat16 copy of its float32 weights, and autograd keeps every copy until the
 backward pass: half as much again as the weights take. A copy is cheap to make a second time, and has the same bits.
+Copies of weights that do not learn, those under an adapter, are kept: autograd does not say what they were made of.
 """
 
 from collections.abc import Iterator

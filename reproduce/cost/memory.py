@@ -136,10 +136,12 @@ def _gradients(shape: Shape, role: Role, setup: Setup, cluster: Cluster) -> floa
 def _working(job: Job, shape: Shape, role: Role, setup: Setup, cluster: Cluster) -> float:
     """Copies that come and go: casts of float32 weights, ZeRO's buckets, stage 3's parameters in use.
 
-    Our online loop keeps no casts (`dvpo.training.mixed`); the offline trainers are the libraries'.
+    Our online loop keeps no casts of weights that learn (`dvpo.training.mixed`); the offline trainers are the
+    libraries'.
     """
     parameters = shape.parameters(role)
-    casts = 2.0 * parameters if setup.precision == "autocast" and not job.method.online else 0.0
+    keeps_casts = setup.precision == "autocast" and (not job.method.online or bool(setup.lora_rank))
+    casts = 2.0 * parameters if keeps_casts else 0.0
     if cluster.devices == 1 or setup.zero == 0:
         return casts
     if setup.zero == 3:

@@ -166,6 +166,17 @@ class TestMemory:
         assert memory.logits(shape, Setup(logit_rows=5), 100) == memory.logits(shape, Setup(), 5)
         assert memory.logits(shape, Setup(precision="float32"), 1) == (4 + 4 + 8 + 4) * shape.vocab
 
+    def test_casts_of_weights_that_learn_are_not_kept_by_the_online_loop(self) -> None:
+        shape = SHAPES["llama-3.2-3b"]
+
+        def casts(method: str, role: str, **options: Any) -> float:
+            found = memory.phases(Job(METHODS[method], 8, 8, 8, 2), shape, Setup(precision="autocast", **options), A100)
+            return found[f"learn {role}"]["working copies"]
+
+        assert casts("dvpo", "policy") == 0
+        assert casts("dvpo", "policy", lora_rank=8) == 2 * shape.parameters("policy")
+        assert casts("gvm", "value") == 2 * shape.parameters("value")
+
     def test_frozen_models(self) -> None:
         shape, job = SHAPES["llama-3-8b"], Job(METHODS["dvpo"], 8, 8, 8, 2)
         policy, value = shape.parameters("policy"), shape.parameters("value")
