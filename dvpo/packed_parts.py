@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvpo.packed_attention import Earlier, Handover, Packing, Segment
+from dvpo.packed_row import Earlier, Handover, Packing, Segment
 
 LEAST_PART = 64
 """Tokens that are worth a core's joining in."""
@@ -87,7 +87,7 @@ def bounds_of(packing: Packing, tokens: int, parts: int, width: int) -> list[int
     costs_N = np.ones(tokens)
     for segment in packing.segments:
         count = segment.stop - segment.start
-        costs_N[segment.start : segment.stop] += (np.arange(count) + segment.keys - count) / (3 * width)
+        costs_N[segment.start : segment.stop] += (np.arange(count) + segment.keys - count) / (2 * width)
     sums_N = costs_N.cumsum()
     ends = np.searchsorted(sums_N, sums_N[-1] * np.arange(1, parts) / parts).tolist() if parts > 1 else []
     return sorted({0, *ends, tokens})

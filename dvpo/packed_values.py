@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dvpo.data.templates import Encoded
 from dvpo.models import head
-from dvpo.packed_attention import ATTENTION, Earlier, Kept, Packing, Prefix, Segment
+from dvpo.packed_attention import ATTENTION
 from dvpo.packed_parts import Row, cut, run_together
+from dvpo.packed_row import Earlier, Kept, Packing, Prefix, Segment
 from dvpo.values import collate, position_ids, unwrapped
 
 

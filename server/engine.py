@@ -28,8 +28,8 @@ _DOUBT_SECONDS = 10.0
 _FAIR_SHARE = 384
 """Tokens: what waits is spread evenly over so many free workers that each gets about this or more."""
 _PATIENCE, _MOST_PATIENCE = 0.02, 0.05
-"""An idle engine waits for more texts, to divide them well: so much of the time that these will take, and so many
-seconds at most.
+"""An idle engine that had several requests at once before waits for more texts, to divide them well: so much of the
+time that these will take, and so many seconds at most.
 """
 _WORTH_WAITING = 64
 """Tokens of a prompt: a text waits for a batch that computes a prompt of so many, instead of computing it again."""
@@ -133,6 +133,8 @@ class Engine:
         self._running: dict[int, _Running] = {}  # by worker
         self._computed: set[bytes] = set()  # prompts of waiting texts that a batch has computed and the backend keeps
         self._gathering: asyncio.TimerHandle | None = None
+        self._requests = 0  # since it was idle last
+        self._expects_company = False
         self._rate = 0.0
         self._stopping = False
         self._death: str | None = None
@@ -183,6 +185,9 @@ class Engine:
         if not items:
             return Reply([], 0.0, 0.0)
         began = time.monotonic()
+        if not (self._waiting or self._running):
+            self._expects_company, self._requests = self._requests > 1, 0
+        self._requests += 1
         request = Request([None] * len(items), asyncio.get_running_loop().create_future())
         for position, item in enumerate(items):
             entry = Waiting(item, request, position, length_of(item), repr(item.prompt_ids).encode())
@@ -250,9 +255,9 @@ class Engine:
             self._idle.set()
 
     def _begin_soon(self) -> None:
-        """Begins what waits; an idle engine whose speed is known first gives company the time to come."""
+        """Begins what waits; an idle engine that knows its speed and expects company gives it the time to come."""
         self._note_idle()
-        if self._running or not self._rate:
+        if self._running or not self._rate or not self._expects_company:
             self._next_batches()
         elif self._gathering is None:
             patience = min(_PATIENCE * self._waiting_tokens / self._rate, _MOST_PATIENCE)

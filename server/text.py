@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from tokenizers.decoders import DecodeStream
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -195,18 +196,17 @@ def _characters(data: bytes) -> tuple[str, Sequence[int]]:
     parts: list[str] = []
     owner: list[int] = []
 
-    def take(good: str) -> None:
-        start = owner[-1] + 1 if owner else 0
-        for index, character in enumerate(good, start):
-            owner.extend([index] * len(character.encode()))
-        parts.append(good)
+    def take(good: bytes) -> None:
+        parts.append(good.decode())
+        begins = np.frombuffer(good, np.uint8) & 0xC0 != 0x80  # a character's other bytes are 10xxxxxx
+        owner.extend((begins.cumsum() + (owner[-1] if owner else -1)).tolist())
 
     while data:
         try:
-            take(data.decode())
+            take(data)
             break
         except UnicodeDecodeError as error:
-            take(data[: error.start].decode())
+            take(data[: error.start])
             owner.extend([owner[-1] + 1 if owner else 0] * (error.end - error.start))
             parts.append(FRAGMENT)
             data = data[error.end :]

@@ -15,7 +15,16 @@ PACKAGE = Path(dvpo.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
     {"objectives", "data", "config", "files", "errors", "models", "batching", "distributed", "stopping", "memory"},
-    {"values", "packed_attention", "packed_parts", "packed_values", "logprobs", "rollout"},
+    {
+        "values",
+        "packed_row",
+        "packed_one_call",
+        "packed_attention",
+        "packed_parts",
+        "packed_values",
+        "logprobs",
+        "rollout",
+    },
     {"training", "evaluation", "integrations"},
 ]
 MOST_LINES = 420

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dvpo import models, packed_attention
+from dvpo import models, packed_attention, packed_one_call
 from dvpo.packed_values import Group, can_pack
 from dvpo.packed_values import packed_values as values_of
 
@@ -33,7 +33,7 @@ def plain_varlen(query, key, value, queries_G1, keys_G1, most_queries, most_keys
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("attend", [plain_varlen, packed_attention.padded_attention])
+@pytest.mark.parametrize("attend", [plain_varlen, packed_one_call.padded_attention])
 def test_one_call_equals_a_call_for_every_text(checkpoints, monkeypatch, attend) -> None:
     model = models.load(checkpoints["llama", "value"], "value").eval()
     assert can_pack(model)
@@ -42,7 +42,7 @@ def test_one_call_equals_a_call_for_every_text(checkpoints, monkeypatch, attend)
     expected_again, _ = values_of(model, again)
 
     monkeypatch.setattr(packed_attention, "_in_one_call", lambda query: True)
-    monkeypatch.setattr(packed_attention, "padded_attention", attend)  # what float32 takes
+    monkeypatch.setattr(packed_one_call, "padded_attention", attend)  # what float32 takes
     found, kept = values_of(model, GROUPS)
     again = [Group(g.prompt_ids, [[2, 3], *g.responses], kept.get(i)) for i, g in enumerate(GROUPS)]
     found_again, _ = values_of(model, again)

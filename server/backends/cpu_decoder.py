@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvpo.packed_attention import Packing, Segment, attend_packed
+from dvpo.packed_attention import attend_packed
 from dvpo.packed_parts import LEAST_PART, Cores, bounds_of, cut_packing, run_together
-from server.backends.cpu_layers import PackedGatedMlp, PackedLinear, is_gated_mlp, scaled
+from dvpo.packed_row import Packing, Segment
+from server.backends.cpu_layers import PackedGatedMlp, PackedLinear, scaled
+from server.backends.known_layers import eps_of, is_decoder_layer
 
 
 class PackedDecoderLayer(nn.Module):
@@ -36,7 +38,7 @@ class PackedDecoderLayer(nn.Module):
         self._width: int = attention.head_dim
         self._keys = attention.k_proj.out_features // self._width
         self._queries = attention.q_proj.out_features // self._width
-        self._eps = [_eps_of(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self._eps = [eps_of(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         half = self._width // 2
         pairs = torch.stack([torch.arange(half), torch.arange(half) + half], 1).flatten()
         rows = torch.arange((self._queries + self._keys) * self._width).unflatten(0, (-1, self._width))[:, pairs]
@@ -140,25 +142,9 @@ def _unit(x: Tensor, eps: float) -> Tensor:
     return (x * squares.div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype)
 
 
-def _eps_of(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
-
-
-def _is_decoder_layer(layer: nn.Module) -> bool:
-    """Whether it has the parts of such a layer and no others; what they compute is tried afterwards."""
-    parts = dict(layer.named_children())
-    if set(parts) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
-        return False
-    projections = dict(parts["self_attn"].named_children())
-    is_plain = all(type(projections.get(f"{name}_proj")) is nn.Linear for name in "qkvo") and len(projections) == 4
-    norms = [parts["input_layernorm"], parts["post_attention_layernorm"]]
-    has_eps = all(hasattr(norm, "variance_epsilon") or hasattr(norm, "eps") for norm in norms)
-    return is_plain and has_eps and is_gated_mlp(parts["mlp"])
-
-
 def _packed_decoder_layer(layer: Any, body: Any) -> PackedDecoderLayer | None:
     """The layer's packed form, if it is such a layer and the two compute the same on a few random rows."""
-    if not _is_decoder_layer(layer):
+    if not is_decoder_layer(layer):
         return None
     try:
         packed = PackedDecoderLayer(layer)

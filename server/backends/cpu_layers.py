@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from server.backends.known_layers import is_gated_mlp
+
 _ROWS = 2048
 """Tokens of a usual batch: oneDNN chooses the layout for it, and takes any number."""
 _KEPT_KERNELS = "32"
@@ -87,16 +89,3 @@ def pack_layers(body: nn.Module) -> None:
 def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
     """A weight [out, in] with a norm's weight [in], if any, as part of it."""
     return weight if scale is None else (weight.float() * scale.float()).to(weight.dtype)
-
-
-def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether it is the feed-forward layer of Llama, Mistral, Qwen and their like."""
-    parts = dict(module.named_children())
-    named = {"gate_proj", "up_proj", "down_proj"}
-    is_plain = all(type(parts.get(name)) is nn.Linear for name in named)
-    return is_plain and set(parts) == named | {"act_fn"} and _is_swish(parts["act_fn"])
-
-
-def _is_swish(activation: nn.Module) -> bool:
-    x = torch.tensor([-3.0, -0.5, 0.0, 2.0])
-    return bool(torch.allclose(activation(x), nn.functional.silu(x)))

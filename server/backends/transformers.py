@@ -14,13 +14,14 @@ from torch import Tensor
 from dvpo.data.templates import Encoded
 from dvpo.errors import InputError, StageError
 from dvpo.models import load_tokenizer
-from dvpo.packed_attention import Prefix
 from dvpo.packed_parts import LEAST_PART, Cores
+from dvpo.packed_row import Prefix
 from dvpo.packed_values import Group, can_pack, packed_values
 from dvpo.values import score_all, unwrapped
 from server.backends import ModelInfo, Scored
 from server.backends.cpu_decoder import pack_decoder
 from server.backends.cpu_layers import pack_layers, prepare_process
+from server.backends.gpu_decoder import CudaRecorder, record_decoder
 from server.loading import identity, load
 
 Dtype = Literal["float32", "bfloat16"]
@@ -107,8 +108,11 @@ class TransformersBackend:
         self._pad_id: int = tokenizer.pad_token_id
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
         self._packs = can_pack(self._model)
-        if not torch.cuda.is_available():
-            body = unwrapped(self._model).base_model
+        body = unwrapped(self._model).base_model
+        if torch.cuda.is_available():
+            if self._packs:
+                record_decoder(body, CudaRecorder())
+        else:
             if self._packs:
                 pack_decoder(body, self._shares)
             pack_layers(body)

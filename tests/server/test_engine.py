@@ -394,12 +394,17 @@ def test_a_group_goes_as_one_and_what_is_too_much_for_a_batch_is_shared_when_its
     assert backend.alone[:3] == [True, False, False]
 
 
-def test_an_idle_engine_that_knows_its_speed_waits_a_little_for_company() -> None:
+async def company(engine: Engine) -> None:
+    """Two requests at once, before the engine is idle."""
+    await asyncio.gather(engine.submit([item([1])]), engine.submit([item([1])]))
+
+
+def test_an_idle_engine_that_had_company_waits_a_little_for_more() -> None:
     backend = Fake()
 
     async def work(engine: Engine) -> None:
         backend.action = lambda: time.sleep(0.2)
-        await engine.submit([item([1])])
+        await company(engine)
         backend.batches.clear()
         tasks = [asyncio.ensure_future(engine.submit([item([i])])) for i in range(3)]
         await asyncio.gather(*tasks)
@@ -408,12 +413,27 @@ def test_an_idle_engine_that_knows_its_speed_waits_a_little_for_company() -> Non
     assert [len(batch) for batch in backend.batches] == [3]
 
 
+def test_an_engine_with_one_client_waits_for_nobody() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        await company(engine)
+        await engine.submit([item([1])])
+        for number in range(2, 5):
+            task = asyncio.ensure_future(engine.submit([item([number])]))
+            await asyncio.sleep(0)
+            assert engine.stats().running_items == 1
+            await task
+
+    run(work, backend)
+
+
 def test_a_slow_first_batch_makes_nobody_wait_long() -> None:
     backend = Fake()
 
     async def work(engine: Engine) -> None:
-        backend.action = lambda: time.sleep(1)
-        await engine.submit([item([], [1])])  # a token a second
+        backend.action = lambda: time.sleep(0.5)
+        await asyncio.gather(*(engine.submit([item([], [1])]) for _ in range(2)))  # some tokens a second
         backend.action = None
         began = time.monotonic()
         await engine.submit([item([1] * 400)])
@@ -427,10 +447,11 @@ def test_what_came_before_a_stop_is_scored_though_nothing_has_begun() -> None:
 
     async def work(engine: Engine) -> None:
         backend.action = lambda: time.sleep(0.2)
-        await engine.submit([item([1])])
+        await company(engine)
+        before = len(backend.batches)
         task = asyncio.ensure_future(engine.submit([item([2]), item([3])]))
         await asyncio.sleep(0)
-        assert len(backend.batches) == 1
+        assert len(backend.batches) == before
         await engine.stop()
         assert [s.values_S[1] for s in (await task).scored] == [2, 3]
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dvpo import models, packed_attention
 from dvpo.config import GvmSettings, LoraSettings
 from dvpo.data.templates import Encoded
+from dvpo.packed_row import Packing, Segment
 from dvpo.packed_values import can_train_packed, collate_packed, packed_token_values
 from dvpo.training import gvm
 from dvpo.training.gvm import ValueText, train_gvm
@@ -93,7 +94,7 @@ def test_an_empty_prompt_is_refused() -> None:
 def test_a_shared_prompt_cannot_be_trained_on(both) -> None:
     """Its gradient would be that of one text only if attention kept it, which the one for training does not."""
     _, packs = both
-    packing = packed_attention.Packing([packed_attention.Segment(0, 3), packed_attention.Segment(3, 5, (slice(0, 2),))])
+    packing = Packing([Segment(0, 3), Segment(3, 5, (slice(0, 2),))])
     with pytest.raises(ValueError, match="cannot be trained on"):
         packs(input_ids=torch.tensor([[5, 6, 7, 8, 9]]), use_cache=False, packing=packing)
 
