@@ -196,12 +196,13 @@ def score(
         ),
     ] = None,
     heatmap: Annotated[Path | None, typer.Option(metavar="FILE.html|.png", help="Draw the token values.")] = None,
+    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model of an adapter.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score responses: every token's value, before and after it."""
     from reproduce.commands import score
 
-    score.run(gvm, score.requests_from(prompt, response, file), aggregate or (), heatmap, as_json)
+    score.run(gvm, score.requests_from(prompt, response, file), aggregate or (), heatmap, as_json, base)
 
 
 @app.command()

@@ -28,9 +28,11 @@ _DOUBT_SECONDS = 10.0
 _FAIR_SHARE = 384
 """Tokens: what waits is spread evenly over so many free workers that each gets about this or more."""
 _PATIENCE, _MOST_PATIENCE = 0.02, 0.05
-"""An idle engine that had several requests at once before waits for more texts, to divide them well: so much of the
-time that these will take, and so many seconds at most.
+"""A free worker waits for the requests that are missing from what the engine had at once lately: for so much of the
+time that the waiting texts will take, and so many seconds at most. Larger batches are faster, and divide well.
 """
+_MOST_MISSING = 2
+"""While a batch runs, a free worker waits for so many at most: more would not come in time."""
 _WORTH_WAITING = 64
 """Tokens of a prompt: a text waits for a batch that computes a prompt of so many, instead of computing it again."""
 
@@ -133,8 +135,8 @@ class Engine:
         self._running: dict[int, _Running] = {}  # by worker
         self._computed: set[bytes] = set()  # prompts of waiting texts that a batch has computed and the backend keeps
         self._gathering: asyncio.TimerHandle | None = None
-        self._requests = 0  # since it was idle last
-        self._expects_company = False
+        self._open = 0  # requests that are not answered
+        self._most_open = 0  # lately
         self._rate = 0.0
         self._stopping = False
         self._death: str | None = None
@@ -185,9 +187,8 @@ class Engine:
         if not items:
             return Reply([], 0.0, 0.0)
         began = time.monotonic()
-        if not (self._waiting or self._running):
-            self._expects_company, self._requests = self._requests > 1, 0
-        self._requests += 1
+        self._open += 1
+        self._most_open = max(self._most_open, self._open)
         request = Request([None] * len(items), asyncio.get_running_loop().create_future())
         for position, item in enumerate(items):
             entry = Waiting(item, request, position, length_of(item), repr(item.prompt_ids).encode())
@@ -199,6 +200,8 @@ class Engine:
         except asyncio.CancelledError:
             self._drop(request)
             raise
+        finally:
+            self._open -= 1
         scored = [result for result in request.results if result is not None]
         total = time.monotonic() - began
         return Reply(scored, max(0.0, total - request.inference_seconds), request.inference_seconds)
@@ -255,9 +258,10 @@ class Engine:
             self._idle.set()
 
     def _begin_soon(self) -> None:
-        """Begins what waits; an idle engine that knows its speed and expects company gives it the time to come."""
+        """Begins what waits; an engine that knows its speed first gives those the time to come who did before."""
         self._note_idle()
-        if self._running or not self._rate or not self._expects_company:
+        missing = self._most_open - self._open
+        if not self._rate or missing <= 0 or (self._running and missing > _MOST_MISSING):
             self._next_batches()
         elif self._gathering is None:
             patience = min(_PATIENCE * self._waiting_tokens / self._rate, _MOST_PATIENCE)
@@ -324,6 +328,7 @@ class Engine:
             if self._backend.keeps_prompts:
                 self._computed |= {entry.prompt for entry in batch}
         self._computed &= {entry.prompt for entry in self._waiting}
+        self._most_open = max(self._open, self._most_open - 1)
         self._next_batches()
         if self._on_batch is not None:
             cached = 0 if isinstance(outcome, Exception) else sum(scored.cached_tokens for scored in outcome)

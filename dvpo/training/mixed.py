@@ -38,6 +38,8 @@ def learning_autocast(device_type: str, enabled: bool) -> Iterator[None]:
 
 
 def _pack(saved: Tensor) -> Tensor | _Copied:
+    if saved.dim() != 2:  # most of what is saved: not asked what made it, which takes longer
+        return saved
     made_by: Any = saved.grad_fn
     transposed = made_by is not None and made_by.name() == "TBackward0"
     if transposed:

@@ -1,12 +1,14 @@
 """`dvpo score`: a value model's token values of given responses, and the response scores read from them."""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvpo.errors import InputError, StageError
+from reproduce.bundles.adapters import on_base
 from reproduce.commands.common import print_json, require_checkpoint, table_text
 
 if TYPE_CHECKING:
@@ -30,12 +32,15 @@ def run(
     aggregates: Sequence[str] = (),
     heatmap: Path | None = None,
     as_json: bool = False,
+    base: Path | None = None,
 ) -> None:
-    """Scores the requests and prints them; `aggregates` empty means all."""
+    """Scores the requests and prints them; `aggregates` empty means all. base: an adapter's base model."""
     if heatmap is not None and heatmap.suffix not in (".html", ".png"):
         raise InputError(f"{heatmap}: a heat map is a .html or .png file; name one that ends so")
     require_checkpoint(gvm)
-    items = score(gvm, requests, aggregates)
+    with tempfile.TemporaryDirectory(prefix="dvpo-") as scratch:
+        folder = gvm if base is None else str(on_base(Path(gvm), base, Path(scratch)))
+        items = score(folder, requests, aggregates)
     if heatmap is not None:
         from reproduce.token_picture import Scored, write
 

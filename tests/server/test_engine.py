@@ -395,11 +395,11 @@ def test_a_group_goes_as_one_and_what_is_too_much_for_a_batch_is_shared_when_its
 
 
 async def company(engine: Engine) -> None:
-    """Two requests at once, before the engine is idle."""
-    await asyncio.gather(engine.submit([item([1])]), engine.submit([item([1])]))
+    """Four requests at once: a batch of one, which comes first, and one of three."""
+    await asyncio.gather(*(engine.submit([item([1])]) for _ in range(4)))
 
 
-def test_an_idle_engine_that_had_company_waits_a_little_for_more() -> None:
+def test_an_engine_waits_a_little_for_those_who_came_together_before() -> None:
     backend = Fake()
 
     async def work(engine: Engine) -> None:
@@ -409,8 +409,35 @@ def test_an_idle_engine_that_had_company_waits_a_little_for_more() -> None:
         tasks = [asyncio.ensure_future(engine.submit([item([i])])) for i in range(3)]
         await asyncio.gather(*tasks)
 
+        assert [len(batch) for batch in backend.batches] == [3]
+
     run(work, backend)
-    assert [len(batch) for batch in backend.batches] == [3]
+
+
+def test_a_free_worker_waits_a_little_while_another_runs() -> None:
+    """Of two batches one is done; those it was of come again, one after the other, and go together."""
+
+    class Uneven(Fake):
+        def score(self, items: Sequence[Encoded], *, alone: bool = True) -> list[Scored]:
+            scored = super().score(items, alone=alone)
+            time.sleep(0.5 if any(2 in each.response_ids for each in items) else 0.1)
+            return scored
+
+    backend = Uneven()
+
+    async def work(engine: Engine) -> None:
+        await asyncio.gather(*(engine.submit([item([1] * 400)]) for _ in range(6)))
+        slow = [asyncio.ensure_future(engine.submit([item([token] * 400)])) for token in (2, 3, 3, 3)]
+        await slow[3]
+        backend.batches.clear()
+        again = []
+        for _ in range(2):
+            again.append(asyncio.ensure_future(engine.submit([item([4] * 400)])))
+            await asyncio.sleep(0)
+        await asyncio.gather(*slow, *again)
+        assert [len(batch) for batch in backend.batches] == [2]
+
+    run(work, backend, workers=2, batch_tokens=4096)
 
 
 def test_an_engine_with_one_client_waits_for_nobody() -> None:
@@ -418,7 +445,8 @@ def test_an_engine_with_one_client_waits_for_nobody() -> None:
 
     async def work(engine: Engine) -> None:
         await company(engine)
-        await engine.submit([item([1])])
+        for _ in range(3):
+            await engine.submit([item([1])])
         for number in range(2, 5):
             task = asyncio.ensure_future(engine.submit([item([number])]))
             await asyncio.sleep(0)

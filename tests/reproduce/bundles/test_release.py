@@ -101,6 +101,10 @@ class TestAdapter:
         assert (asked.code, "--base" in asked.err) == (2, True)
         again = dvpo("verify", out, "--metrics", "--data", tmp_path / "data", "--base", base)
         assert again.code == 0, again
+        scored = dvpo("score", "--gvm", out, "--base", base, "--prompt", "a", "--response", "b", "--json")
+        assert (scored.code, len(json.loads(scored.out)["items"])) == (0, 1)
+        whole = dvpo("score", "--gvm", base, "--base", base, "--prompt", "a", "--response", "b")
+        assert (whole.code, "leave --base out" in whole.err) == (2, True)
         flip(base / "model.safetensors", -5)
         assert dvpo("verify", out, "--metrics", "--data", tmp_path / "data", "--base", base).code == 2
         refused = dvpo("release", run, "--out", tmp_path / "other", *named)
