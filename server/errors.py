@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 from dvpo.errors import InputError, StageError
-from server.engine import Overloaded, Unavailable
+from server.outcomes import Overloaded, Unavailable
 
 STOPPING = "the server is stopping and takes no new work; try another server, or again later"
 

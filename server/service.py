@@ -12,9 +12,10 @@ from fastapi import Request
 
 from dvpo.data.templates import Encoded
 from server.backends import ModelInfo
-from server.engine import Engine, Reply
+from server.engine import Engine
 from server.errors import ApiError, Json, refuse
 from server.metrics import Metrics
+from server.outcomes import Reply
 from server.settings import Settings
 from server.text import Codec
 

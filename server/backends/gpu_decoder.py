@@ -6,8 +6,8 @@ depends on where the texts begin.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,12 @@ SIZES = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256), *
 """Rows of so many tokens are recorded; a row is computed as the next larger. What is longer is worth its launches."""
 
 
-class Recorder(Protocol):
-    """Makes of a function without arguments one that does the same, with the same tensors, in one launch."""
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]: ...
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+"""Makes of a function one that does the same, with the same tensors, in one launch."""
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which share their memory: they run one after the other."""
+    """A Recorder of CUDA graphs, which share their memory: they run one after the other."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -70,7 +68,7 @@ class _Buffers:
 
     def first(self, count: int) -> "_Buffers":
         """Of so many tokens."""
-        return _Buffers(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
+        return _Buffers(*(getattr(self, field.name)[:count] for field in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dvpo.data.templates import Encoded
 from dvpo.errors import InputError, StageError
 from server.backends import ModelInfo, Scored
 from server.backends.transformers import TransformersBackend
-from server.engine import BatchReport, Engine, Overloaded, Unavailable
+from server.engine import Engine
+from server.outcomes import BatchReport, Overloaded, Unavailable
 
 BAD = 666
 

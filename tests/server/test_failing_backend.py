@@ -9,7 +9,8 @@ from starlette.testclient import TestClient
 
 from dvpo.data.templates import Encoded
 from server import engine as engine_module
-from server.engine import Engine, Unavailable
+from server.engine import Engine
+from server.outcomes import Unavailable
 
 BODIES = {
     "/score_tokens": {"items": [{"prompt_ids": [5, 6], "response_ids": [7, 8]}]},
