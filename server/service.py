@@ -81,7 +81,7 @@ class Service:
                     f"{self.info.max_tokens}; shorten it, nothing is cut for you",
                     where,
                 )
-        if not any(map(any, texts)):  # token ids alone: the work is less than handing it over
+        if not any(texts):  # token ids alone: the work is less than handing it over, and needs no tokenizer
             return [function(place) for place in range(len(texts))]
         return await self.each([sum(map(len, parts)) for parts in texts], function)
 

@@ -93,7 +93,7 @@ def _texts(item: Item) -> list[str]:
     """What of an item is tokenised."""
     turns = [*(item.messages or []), *(m for pair in item.trajectory or [] for m in pair.messages or [])]
     pairs = [text for pair in item.trajectory or [] for text in (pair.prompt, pair.response)]
-    return [text for text in (item.prompt, item.response, *pairs, *(m.content for m in turns)) if text]
+    return [text for text in (item.prompt, item.response, *pairs, *(m.content for m in turns)) if text is not None]
 
 
 def _prepare(codec: Codec, body: ScoreRequest, number: int) -> Prepared:

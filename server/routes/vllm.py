@@ -201,9 +201,10 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
 async def _score(service: Service, request: Request, body: _VllmRequest, to_end: bool = False) -> Work:
     texts: list[Text] = body.input
     service.check_count("input", len(texts))
+    of_ids = [""] if to_end else []  # what follows the end is decoded: work for the tokenizer
     items = await service.prepare(
         "input",
-        [[text] if isinstance(text, str) else [] for text in texts],
+        [[text] if isinstance(text, str) else of_ids for text in texts],
         lambda i: _whole(service.codec, i, texts[i], body.add_special_tokens, to_end),
     )
     service.check("input", items)
