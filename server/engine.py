@@ -5,7 +5,8 @@ A batch that takes too long means that the backend hangs: a thread cannot be end
 
 A batch has as many tokens as the budget allows, or a free worker's fair share of what waits if that is less: no worker
 is left without while another has a long batch, and the only one that is free takes all. Where all that waits fits into
-one batch and nothing runs, that batch has the machine for itself until it is done.
+one batch and nothing runs, that batch has the machine for itself until it is done. A moment's wait for requests that
+are expected makes batches larger; a lone client never waits.
 """
 
 import asyncio

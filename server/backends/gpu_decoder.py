@@ -48,7 +48,10 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """Where recorded operations read and write; R tokens are the most. E: queries, keys and values of a token."""
+    """Where recorded operations read and write: R tokens with hidden states of D numbers.
+
+    E: the queries, keys and values of a token. A: what all its heads found. d: the width of a head.
+    """
 
     hidden_R_D: Tensor
     qkv_R_E: Tensor

@@ -13,6 +13,7 @@ import pytest
 import torch
 import uvicorn
 from starlette.testclient import TestClient
+from transformers import AutoConfig, AutoModelForTokenClassification
 
 from dvpo import models
 from dvpo.data.templates import Encoded
@@ -24,6 +25,26 @@ from server.engine import Engine
 from server.metrics import Metrics
 from server.settings import Settings
 from server.text import Codec
+
+
+def random_classifier(kind: str, dtype: torch.dtype, **more: Any) -> Any:
+    """A random value model of an architecture, with norms whose weights are not 1."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        kind, **sizes, num_key_value_heads=2, vocab_size=64, head_dim=16, num_labels=1, pad_token_id=0, **more
+    )
+    model = AutoModelForTokenClassification.from_config(config).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def classifier() -> Callable[..., Any]:
+    """Makes a random value model: `classifier(kind, dtype, **config)`."""
+    return random_classifier
 
 
 class Gated:

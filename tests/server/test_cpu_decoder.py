@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoConfig, AutoModelForTokenClassification
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dvpo import packed_parts
@@ -20,23 +19,11 @@ from server.backends.cpu_decoder import PackedDecoder, pack_decoder
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this machine has no oneDNN")
 
 
-def classifier(kind: str, dtype: torch.dtype, **more: Any) -> Any:
-    """A random value model of an architecture, with norms whose weights are not 1."""
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = AutoConfig.for_model(
-        kind, **sizes, num_key_value_heads=2, vocab_size=64, head_dim=8, num_labels=1, pad_token_id=0, **more
-    )
-    model = AutoModelForTokenClassification.from_config(config).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-    return model
-
-
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_decoder_layers_compute_what_they_stand_for(kind: str, dtype: torch.dtype, allowed: float) -> None:
+def test_decoder_layers_compute_what_they_stand_for(
+    classifier: Any, kind: str, dtype: torch.dtype, allowed: float
+) -> None:
     more = {"sliding_window": None} if kind == "mistral" else {}
     model = classifier(kind, dtype, **more)
     groups = [Group([5, 6, 7, 8], [[9, 10], [11, 12, 13]], keep=True), Group([14], [[15] * 80])]
@@ -53,7 +40,7 @@ def test_decoder_layers_compute_what_they_stand_for(kind: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma"])
-def test_layers_of_another_form_are_left_as_they_are(kind: str) -> None:
+def test_layers_of_another_form_are_left_as_they_are(classifier: Any, kind: str) -> None:
     """Qwen3's heads are normed, and Gemma's norms count from 1."""
     model = classifier(kind, torch.float32)
     assert can_pack(model)
@@ -62,7 +49,7 @@ def test_layers_of_another_form_are_left_as_they_are(kind: str) -> None:
     assert list(model.model.layers) == before
 
 
-def test_biases_that_only_some_projections_have_are_no_error() -> None:
+def test_biases_that_only_some_projections_have_are_no_error(classifier: Any) -> None:
     model = classifier("llama", torch.float32)
     assert can_pack(model)
     for name in ("q_proj", "k_proj"):
@@ -75,7 +62,7 @@ def test_biases_that_only_some_projections_have_are_no_error() -> None:
     assert list(model.model.layers) == before
 
 
-def test_a_model_without_layers_of_its_own_is_left_alone() -> None:
+def test_a_model_without_layers_of_its_own_is_left_alone(classifier: Any) -> None:
     mlp = classifier("llama", torch.float32).model.layers[0].mlp
     pack_decoder(mlp, Cores(1))
     assert type(mlp) is LlamaMLP
@@ -112,7 +99,7 @@ groups = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(given_groups=groups, layer=st.integers(1, 2), count=st.integers(1, 3))
-def test_cores_that_join_in_change_nothing(given_groups: list[Group], layer: int, count: int) -> None:
+def test_cores_that_join_in_change_nothing(classifier: Any, given_groups: list[Group], layer: int, count: int) -> None:
     model = classifier("llama", torch.float32)
     assert can_pack(model)
     expected, kept = packed_values(model, given_groups)
@@ -157,7 +144,7 @@ def test_a_core_joins_in_when_it_has_been_idle_for_a_while(monkeypatch: pytest.M
     assert cores.claim(4) == 3
 
 
-def test_a_part_that_fails_frees_the_cores_that_joined_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_frees_the_cores_that_joined_in(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = classifier("llama", torch.float32)
     assert can_pack(model)
     cores = Joining(1, 1)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForTokenClassification
 
 from dvpo import packed_attention
 from dvpo.packed_values import Group, can_pack, packed_values
@@ -14,20 +13,6 @@ from server.backends import gpu_decoder
 from server.backends.gpu_decoder import CudaRecorder, GpuDecoder, record_decoder
 
 GROUPS = [Group([5, 6, 7, 8], [[9, 10], [11, 12, 13]], keep=True), Group([14], [[15] * 80])]
-
-
-def classifier(kind: str, dtype: torch.dtype, **more: Any) -> Any:
-    """A random value model of an architecture, with norms whose weights are not 1."""
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = AutoConfig.for_model(
-        kind, **sizes, num_key_value_heads=2, vocab_size=64, head_dim=16, num_labels=1, pad_token_id=0, **more
-    )
-    model = AutoModelForTokenClassification.from_config(config).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-    return model
 
 
 def at_once(function: Callable[[], None]) -> Callable[[], None]:
@@ -45,7 +30,7 @@ def near(found: Tensor, expected: Tensor, allowed: float) -> bool:
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_it_computes_what_the_layers_do(kind: str, dtype: torch.dtype, allowed: float) -> None:
+def test_it_computes_what_the_layers_do(classifier: Any, kind: str, dtype: torch.dtype, allowed: float) -> None:
     model = classifier(kind, dtype, **({"sliding_window": None} if kind == "mistral" else {}))
     assert can_pack(model)
     expected, kept = packed_values(model, GROUPS)
@@ -59,7 +44,7 @@ def test_it_computes_what_the_layers_do(kind: str, dtype: torch.dtype, allowed: 
     assert near(flat(packed_values(model, warm)[0]), flat(expected), allowed)
 
 
-def test_in_one_call_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_one_call_for_all_texts(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = classifier("llama", torch.float32)
     assert can_pack(model)
     apart = [Group([5, 6, 7], [[8, 9]]), Group([14], [[15] * 80])]
@@ -70,7 +55,7 @@ def test_in_one_call_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert near(flat(packed_values(model, groups)[0]), flat(values), 1e-5)
 
 
-def test_a_row_longer_than_what_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_longer_than_what_is_recorded(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = classifier("llama", torch.float32)
     assert can_pack(model)
     expected, _ = packed_values(model, GROUPS)
@@ -81,7 +66,9 @@ def test_a_row_longer_than_what_is_recorded(monkeypatch: pytest.MonkeyPatch) -> 
     assert near(flat(alone), flat(packed_values(model, [Group([14], [[15] * 79])])[0])[:31], 1e-5)
 
 
-def test_a_row_runs_what_was_recorded_for_the_next_larger_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_runs_what_was_recorded_for_the_next_larger_size(
+    classifier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = classifier("llama", torch.float32)
     assert can_pack(model)
     monkeypatch.setattr(gpu_decoder, "SIZES", (16, 64))
@@ -107,7 +94,7 @@ def test_a_row_runs_what_was_recorded_for_the_next_larger_size(monkeypatch: pyte
     assert ran == [0, 1, 2, 3]
 
 
-def test_weights_are_not_held_twice() -> None:
+def test_weights_are_not_held_twice(classifier: Any) -> None:
     model = classifier("qwen2", torch.float32)
     assert can_pack(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -123,7 +110,7 @@ def test_weights_are_not_held_twice() -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma"])
-def test_layers_of_another_form_are_left_as_they_are(kind: str) -> None:
+def test_layers_of_another_form_are_left_as_they_are(classifier: Any, kind: str) -> None:
     """Qwen3's heads are normed, and Gemma's norms count from 1."""
     model = classifier(kind, torch.float32)
     assert can_pack(model)
@@ -132,7 +119,7 @@ def test_layers_of_another_form_are_left_as_they_are(kind: str) -> None:
     assert list(model.model.layers) == before
 
 
-def test_biases_that_only_some_projections_have() -> None:
+def test_biases_that_only_some_projections_have(classifier: Any) -> None:
     model = classifier("llama", torch.float32)
     assert can_pack(model)
     attention = model.model.layers[0].self_attn
@@ -144,7 +131,7 @@ def test_biases_that_only_some_projections_have() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_recorded_on_a_gpu(dtype: torch.dtype, allowed: float) -> None:
+def test_recorded_on_a_gpu(classifier: Any, dtype: torch.dtype, allowed: float) -> None:
     model = classifier("llama", dtype).cuda()
     assert can_pack(model)
     expected, _ = packed_values(model, GROUPS)
