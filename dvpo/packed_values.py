@@ -146,7 +146,8 @@ def can_pack(model: Any) -> bool:
         return False
     prompt, first, second = [1, 2, 3, 4, 5], [6, 7, 8], [8, 3, 9, 2]
     vocabulary = plain.get_input_embeddings().num_embeddings
-    prompt, first, second = ([i % vocabulary for i in ids] for ids in (prompt, first, second))
+    # From the middle: many first ones were never trained on, and bfloat16 alone changes what comes of them by a half.
+    prompt, first, second = ([(vocabulary // 2 + i) % vocabulary for i in ids] for ids in (prompt, first, second))
     before = plain.config._attn_implementation
     try:
         expected = [_hidden_alone(plain, Encoded(prompt, response)) for response in (first, second)]

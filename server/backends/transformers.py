@@ -98,7 +98,7 @@ class TransformersBackend:
         Raises:
             InputError: nothing usable in the folder; see `server.loading.load`.
         """
-        prepare_process()
+        prepare_process(getattr(torch, dtype))
         loaded = load(folder, getattr(torch, dtype))
         self._model: Any = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._cores = torch.get_num_threads()
