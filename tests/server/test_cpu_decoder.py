@@ -13,16 +13,25 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from dvpo import packed_parts
 from dvpo.packed_parts import Cores
 from dvpo.packed_values import Group, can_pack, packed_values
-from server.backends import cpu_decoder
+from server.backends import cpu_decoder, cpu_layers
 from server.backends.cpu_decoder import PackedDecoder, pack_decoder
+from server.backends.cpu_layers import PackedLinear, rows_for_tiles
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this machine has no oneDNN")
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "tiles"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the CPU is taken to have tiles for bfloat16: what is done for them can be computed on any."""
+    for module in (cpu_decoder, cpu_layers):
+        monkeypatch.setattr(module, "has_tiles", lambda dtype: request.param and dtype == torch.bfloat16)
+    return bool(request.param)
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 def test_decoder_layers_compute_what_they_stand_for(
-    classifier: Any, kind: str, dtype: torch.dtype, allowed: float
+    classifier: Any, tiles: bool, kind: str, dtype: torch.dtype, allowed: float
 ) -> None:
     more = {"sliding_window": None} if kind == "mistral" else {}
     model = classifier(kind, dtype, **more)
@@ -37,6 +46,34 @@ def test_decoder_layers_compute_what_they_stand_for(
         a, b = (torch.cat([v for group in each for v in group]) for each in (values, expected))
         assert (a - b).norm() <= allowed * b.norm()
     assert kept.keys() == kept_here.keys()
+    assert kept_here[0].keys_L_1_H_P_D.dtype == (torch.bfloat16 if tiles and dtype == torch.bfloat16 else torch.float32)
+
+
+def test_a_row_has_rows_for_tiles_and_its_values_do_not_change(
+    classifier: Any, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products are made of few numbers of rows, whatever the texts' lengths."""
+    model = classifier("llama", torch.bfloat16)
+    assert can_pack(model)
+    pack_decoder(model.model, Cores(1))
+    seen: set[int] = set()
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: (seen.add(x.shape[1]), forward(self, x))[1])
+    text = [7] * 90
+    alone = torch.cat(packed_values(model, [Group([14, 3], [text])])[0][0])
+    for other in (1, 13, 40):
+        together = packed_values(model, [Group([14, 3], [text]), Group([5], [[6] * other])])[0][0]
+        assert (torch.cat(together) - alone).norm() <= 0.02 * alone.norm()
+    assert all(rows % 32 == 0 for rows in seen) == tiles
+    assert len(seen) < 4 or not tiles
+
+
+@given(count=st.integers(0, 5000))
+def test_rows_for_tiles_are_few(count: int) -> None:
+    rows = rows_for_tiles(count)
+    assert count <= rows <= count + max(31, count // 16)
+    assert rows_for_tiles(rows) == rows
+    assert len({rows_for_tiles(i) for i in range(1, 4097)}) == 64
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma"])
