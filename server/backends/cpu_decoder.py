@@ -26,8 +26,8 @@ class PackedDecoderLayer(nn.Module):
 
     Queries, keys and values come from one product, the norms' weights are part of the weights behind them, and the
     two halves of a head that are rotated against each other stand as pairs, which makes rotation a complex product.
-    Attention is in bfloat16 where the CPU has tiles for it, which take half the time; elsewhere in float32, since torch's
-    kernel is then no faster in bfloat16 for texts of 300 tokens and more.
+    Attention is in bfloat16 where the CPU has tiles for it, which take half the time. Elsewhere it is in float32:
+    torch's kernel is then no faster in bfloat16 for texts of 300 tokens and more.
     """
 
     is_causal = True
