@@ -39,7 +39,8 @@ def test_rows_added_in_place_are_the_tied_gradient(
     found = gradients(model, texts, calls=2)
     assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+        # In float32 the order of a sum matters by this much, which depends on the CPU.
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6 * max(1.0, float(gradient.abs().max())))
         assert gradient.abs().sum() > 0
 
 
