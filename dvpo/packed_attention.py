@@ -1,6 +1,7 @@
 """Attention over a packed row: many texts behind one another, each a segment that sees itself and its prompt.
 
-On a CPU segment by segment (in steps where nothing is trained); on a GPU all segments in one call. Gradients flow
+On a CPU segment by segment (in steps where nothing is trained, but for bfloat16 that nothing stands before); on a GPU
+all segments in one call. Gradients flow
 through both.
 """
 
@@ -95,6 +96,7 @@ def _attend_by_segment(
         own = (key[:, :, place], value[:, :, place])
         pieces = zip(*(keys_of(piece, key, value, layer) for piece in segment.before), own, strict=True)
         keys, values = (_joined(list(of), segment.keys) for of in pieces)
+        # In bfloat16 one call is faster than steps on a CPU with AMX (300 tokens: 1.8 and 2.0 to 2.7 ms in a trial).
         if segment.before or query.dtype == torch.float32:
             output_N_H_D[place] = _in_steps(query[:, :, place], keys, values, scaling, packing, segment)
         else:
@@ -139,13 +141,15 @@ def _in_steps(
 
 def _mask(tokens: int, seen: int, sharing: int, packing: Packing, like: Tensor) -> Tensor:
     """To be added to the scores of so many tokens, the last of which sees so many keys; each `sharing` times."""
-    longest = max(segment.keys for segment in packing.segments)
     if tokens not in packing.masks:
+        longest = max(segment.keys for segment in packing.segments)
         allowed = torch.ones(tokens, longest, dtype=torch.bool, device=like.device).tril(longest - tokens)
         allowed = functional.pad(allowed, (0, _VECTOR))
         mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill(~allowed, float("-inf"))
         packing.masks[tokens] = mask.repeat_interleave(sharing, 0)
-    return packing.masks[tokens][:, longest - seen : longest + -seen % _VECTOR]
+    mask = packing.masks[tokens]
+    longest = mask.shape[1] - _VECTOR
+    return mask[:, longest - seen : longest + -seen % _VECTOR]
 
 
 AttentionInterface.register(ATTENTION, attend_packed)

@@ -37,8 +37,8 @@ def has_tiles(dtype: torch.dtype) -> bool:
 def rows_for_tiles(count: int) -> int:
     """A number of rows, `count` or up to a sixteenth (at least up to 31) more, of which there are few.
 
-    A kernel for tiles takes 1 to 30 ms to make, as long as the product itself takes in several layers: in a trial with
-    rows of some 1,200 tokens a tenth of all time. Those for other numbers of rows than were seen before must be rare.
+    A kernel for tiles takes 1 to 30 ms to make, as long as the product itself takes in several layers: for a row of
+    1,200 tokens, added up from trials, a tenth of its time. Numbers of rows that were not seen before must be rare.
     """
     step = max(32, 1 << max(count.bit_length() - 5, 0))
     return -(-count // step) * step
