@@ -1,0 +1,130 @@
+"""README and its companions: links lead somewhere, commands exist, figures are those of the committed results."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+
+from reproduce.cli import app
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "artifacts").glob("*.md")), ROOT / "reproduce" / "decisions.md"]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_named_files_are_there(document: Path) -> None:
+    text = document.read_text()
+    linked = [document.parent / name.split("#")[0] for name in re.findall(r"\]\(([^)\s]+)\)", text) if ":" not in name]
+    paths = re.findall(r"`((?:artifacts|dvpo|examples|reproduce|server|tests)/[\w./-]+)`", text)
+    assert [str(path) for path in (*linked, *(ROOT / name for name in paths)) if not path.exists()] == []
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"(?ms)^```\n(.*?)^```", README)
+    found = [part for block in blocks for line in block.splitlines() for part in line.split(" · ")]
+    return [command for command in found if command.startswith("dvpo ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_and_their_options_exist(command: str) -> None:
+    words = re.split(r"\s{2,}|\s#", command)[0].split()[1:]
+    leaves: list[Any] = [typer.main.get_command(app)]
+    for names in words:
+        if not hasattr(leaves[0], "get_command"):
+            break
+        leaves = [leaf.get_command(click.Context(leaf), name) for leaf in leaves for name in names.split("|")]
+        assert None not in leaves, names
+    for leaf in leaves:
+        known = {option for parameter in leaf.params for option in parameter.opts}
+        assert {word.strip("[]") for word in words if word.strip("[").startswith("--")} <= known
+
+
+def row(start: str) -> str:
+    """The one table row of README that begins so."""
+    found = [line for line in README.splitlines() if line.startswith(f"| {start}")]
+    assert len(found) == 1, (start, found)
+    return found[0]
+
+
+def given(name: str) -> Any:
+    return json.loads((ROOT / "artifacts" / name).read_text())
+
+
+def spread(number: float, low: float, high: float, digits: int) -> str:
+    return f"{number:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def measured(file: str, method: str, metric: str, digits: int) -> str:
+    """A row of a result's table as README writes it."""
+    rows = [r for r in given(file)["rows"] if r["method"] == method and metric in r["metric"] and r["measured"]]
+    return spread(rows[0]["measured"], *rows[0]["ci95"], digits)
+
+
+@pytest.mark.parametrize("line", given("tiny/results/table_1.json")["rows"][:9], ids=lambda line: line["method"])
+def test_policies_are_those_of_the_run(line: dict[str, Any]) -> None:
+    shown = [text for text in README.splitlines() if re.match(rf"\| {re.escape(line['method'])}(,[\w' ]+)? \| 0", text)]
+    assert len(shown) == 1
+    assert f"| {spread(line['measured'], *line['ci95'], 3)} |" in shown[0]
+    if line["method"] in ("PPO", "GRPO", "DVPO (A = Q)", "DVPO (GAE)"):
+        assert measured("tiny/results/table_1.json", f"{line['method']} − SFT", "gain", 3) in shown[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "judge", "credit"),
+    [("GVM, mean", "GVM", "GVM, Q - V"), ("PPO's critic at the end", "A/C", "PPO critic, Q - V")],
+)
+def test_value_models_are_those_of_the_run(start: str, judge: str, credit: str) -> None:
+    assert measured("tiny/results/table_4.json", judge, "accuracy", 1) in row(start)
+    assert measured("tiny/results/table_credit.json", credit, "AUROC", 3) in row(start)
+    lowest = [r for r in given("tiny/results/table_credit.json")["rows"] if r["method"] == credit][1]["measured"]
+    assert row(start).endswith(f"| {100 * lowest:.0f} |")
+
+
+def test_real_text_is_that_of_the_run() -> None:
+    for start, method in (("GVM from", "GVM"), ("ScalarRM of", "ScalarRM"), ("the longer", "longer wins")):
+        assert measured("small-gpu/results/table_5.json", method, "accuracy", 1) in row(start)
+    for start, method in (("GVM from", "GVM"), ("the longer", "longer wins")):
+        assert measured("small-gpu/results/table_4.json", method, "accuracy", 1) in row(start)
+
+
+def workload(file: str, clients: str, kind: str) -> dict[str, Any]:
+    found = [w for w in given(file)["workloads"] if w["workload"].endswith(clients) and kind in w["workload"]]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "file", "clients", "kind"),
+    [
+        ("server beside vLLM, 8 responses", "bench/server-vllm-float32.json", " 4 clients", "groups"),
+        ("server beside vLLM, distinct", "bench/server-vllm-float32.json", " 16 clients", "distinct"),
+        ("the same, 4 clients", "bench/server-vllm-float32-few-clients.json", " 4 clients", "distinct"),
+        ("the same, 1 client", "bench/server-vllm-float32-few-clients.json", " 1 client", "distinct"),
+        ("the same beside a bare", "bench/server-bare-float32.json", " 16 clients", "distinct"),
+        ("on an Intel CPU", "amx/server-vllm-bfloat16.json", " 1 client", "distinct"),
+        ("there, distinct", "amx/server-vllm-bfloat16.json", " 16 clients", "distinct"),
+        ("there, groups", "amx/server-vllm-bfloat16.json", " 4 clients", "groups"),
+    ],
+)
+def test_the_servers_speed_is_that_of_the_benchmarks(start: str, file: str, clients: str, kind: str) -> None:
+    found = workload(file, clients, kind)
+    ours, other = (round(found[f"{who}_tokens_per_second"]["median"]) for who in ("ours", "other"))
+    assert f"| {ours:,} | {other:,} | {spread(**_named(found['ratio']), digits=2)} |" in row(start)
+
+
+def test_trainings_speed_is_that_of_the_benchmarks() -> None:
+    policy, grpo, gvm = (given(f"bench/{name}.json") for name in ("policy", "policy-trl", "gvm-trl"))
+    ratio = policy["ratios"]["dvpo / ppo"]
+    assert f"| {spread(**_named(ratio['seconds']), digits=2)} |" in row("DVPO beside PPO: seconds")
+    assert f"| {ratio['memory']:.2f} |" in row("DVPO beside PPO: peak memory")
+    assert f"| {spread(**_named(grpo['ratios']['grpo / trl']['seconds']), digits=2)} |" in row("GRPO beside TRL's")
+    assert f"| {spread(**_named(gvm['tokens_per_second_ratio']), digits=2)} |" in row("GVM training beside TRL's")
+
+
+def _named(of: dict[str, float]) -> dict[str, float]:
+    return {"number": of["median"], "low": of["low"], "high": of["high"]}
