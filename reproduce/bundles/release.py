@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ _EVALUATION: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # How far another machine's arithmetic may move a number; sampled answers may part at a near tie.
 _TOLERANCE = {"pairwise": 0.01, "credit": 0.01, "gold": 0.02}
+# bfloat16 turns pairs whose values are near: of 165 up to four net, between a GPU and a CPU (the last value's accuracy).
+_TOLERANCE_IN_BFLOAT16 = 0.03
 
 
 @dataclass(frozen=True)
@@ -216,10 +219,15 @@ def _metrics(stage: _Stage, stages: list[_Stage], folder: Path) -> list[Metric]:
                 seed=measured.manifest["seeds"][0],
                 inputs=read,
                 values={k: v for k, v in measured.manifest["metrics"].items() if k not in ("said", "words")},
-                tolerance=_TOLERANCE[measured.kind],
+                tolerance=tolerance_of(measured.kind, measured.manifest["settings"]),
             )
         )
     return metrics
+
+
+def tolerance_of(kind: str, settings: Mapping[str, Any]) -> float:
+    """How far a metric may be from what is recorded when it is measured again, absolute."""
+    return max(_TOLERANCE[kind], _TOLERANCE_IN_BFLOAT16 if settings.get("bf16") else 0.0)
 
 
 def _copy_evaluation(measured: _Stage, name: str, source: _Stage, folder: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from dvpo import models
 from dvpo.files import list_files, sha256_file, sha256_tree
 from reproduce.bundles.pull import REGISTRY
+from reproduce.bundles.release import tolerance_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -129,6 +130,20 @@ def test_every_checkpoint_in_the_repository_is_registered() -> None:
     assert {e["source"] for e in REGISTERED.values()} == set(there)
     for entry in REGISTERED.values():
         assert json.loads(there[entry["source"]].read_text())["sha256"] == entry["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [("pairwise", {"bf16": False}, 0.01), ("credit", {}, 0.01), ("pairwise", {"bf16": True}, 0.03), ("gold", {}, 0.02)],
+)
+def test_bfloat16_may_differ_more_elsewhere(kind: str, settings: dict[str, Any], expected: float) -> None:
+    assert tolerance_of(kind, settings) == expected
+
+
+@pytest.mark.parametrize("name", ["gvm-smollm2", "gvm-tiny"])
+def test_released_metrics_have_todays_tolerance(name: str) -> None:
+    metrics = json.loads((ROOT / REGISTERED[name]["source"] / "manifest.json").read_text())["metrics"]
+    assert metrics and all(m["tolerance"] == tolerance_of(m["kind"], m["settings"]) for m in metrics)
 
 
 @pytest.mark.skipif(not REGISTERED, reason="no checkpoint is registered as released yet")
