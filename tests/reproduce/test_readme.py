@@ -65,18 +65,35 @@ def measured(file: str, method: str, metric: str, digits: int) -> str:
     return spread(rows[0]["measured"], *rows[0]["ci95"], digits)
 
 
-@pytest.mark.parametrize("line", given("tiny/results/table_1.json")["rows"][:9], ids=lambda line: line["method"])
-def test_policies_are_those_of_the_run(line: dict[str, Any]) -> None:
-    shown = [text for text in README.splitlines() if re.match(rf"\| {re.escape(line['method'])}(,[\w' ]+)? \| 0", text)]
-    assert len(shown) == 1
-    assert f"| {spread(line['measured'], *line['ci95'], 3)} |" in shown[0]
-    if line["method"] in ("PPO", "GRPO", "DVPO (A = Q)", "DVPO (GAE)"):
-        assert measured("tiny/results/table_1.json", f"{line['method']} − SFT", "gain", 3) in shown[0]
+STAGES = {
+    "SFT": "sft",
+    "DPO": "dpo",
+    "PPO": "ppo",
+    "ReMax": "remax",
+    "GRPO": "grpo",
+    "DVPO (A = Q)": "dvpo-q",
+    "DVPO (A = Q, whitened)": "dvpo-q-whitened",
+    "DVPO (GAE)": "dvpo-gae",
+    "DVPO (official)": "dvpo-official",
+}
+
+
+@pytest.mark.parametrize("method", STAGES)
+@pytest.mark.parametrize("document", ["README.md", "artifacts/measured.md"])
+def test_policies_are_those_of_the_run(document: str, method: str) -> None:
+    lines = (ROOT / document).read_text().splitlines()
+    shown = [text for text in lines if re.match(rf"\| {re.escape(method)}(,[\w' ]+)? \| 0\.\d+ \[", text)]
+    assert f"| {measured('tiny/results/table_1.json', method, 'gold score', 3)} |" in shown[0]
+    runs = given("tiny/manifests.json")
+    gold = [runs[f"seed{seed}/gold/{STAGES[method]}"]["metrics"]["gold"] for seed in range(5)]
+    assert f"| {', '.join(f'{score:.2f}'.lstrip('0') for score in gold)} |" in shown[0]
+    if method in ("PPO", "GRPO", "DVPO (A = Q)", "DVPO (GAE)"):
+        assert measured("tiny/results/table_1.json", f"{method} − SFT", "gain", 3) in shown[0]
 
 
 @pytest.mark.parametrize(
     ("start", "judge", "credit"),
-    [("GVM, mean", "GVM", "GVM, Q - V"), ("PPO's critic at the end", "A/C", "PPO critic, Q - V")],
+    [("GVM, mean |", "GVM", "GVM, Q - V"), ("PPO's critic at the end", "A/C", "PPO critic, Q - V")],
 )
 def test_value_models_are_those_of_the_run(start: str, judge: str, credit: str) -> None:
     assert measured("tiny/results/table_4.json", judge, "accuracy", 1) in row(start)
