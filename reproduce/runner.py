@@ -18,9 +18,7 @@ from dvpo import stopping
 from dvpo.errors import InputError, StageError
 from dvpo.stopping import Stopped
 from reproduce.pipeline import Job, Result, Stage, Store, load_result, run_job
-
-_WRITING_FAILED = ("iostream error", "inline_container.cc", "PytorchStreamWriter", "file write failed")
-"""What torch says instead of the system's own error."""
+from reproduce.reasons import reason
 
 Report = Callable[[Stage, str, float], None]
 """Called as (stage, "started" | "done" | "reused", seconds)."""
@@ -114,19 +112,10 @@ def _take(stage: Stage, future: "Future[Path]", root: Path) -> Result:
             f"stage {stage.id}: its process was killed (out of memory?); run the same command to go on"
         ) from error
     except Exception as error:
-        raise StageError(f"stage {stage.id} failed: {_reason(error, root)} (the log is {log})") from error
+        raise StageError(f"stage {stage.id} failed: {reason(error, root)} (the log is {log})") from error
     if result is None:
         raise StageError(f"stage {stage.id}: its outputs changed while they were published; run the same command again")
     return result
-
-
-def _reason(error: Exception, root: Path) -> str:
-    """The first line of an error; what torch says where a file could not be written is said in words."""
-    said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
-    if isinstance(error, RuntimeError) and any(words in said for words in _WRITING_FAILED):
-        free = shutil.disk_usage(root).free / 2**20
-        return f"No space left on the device, or it cannot be written ({free:.1f} MB are free in {root}); {said}"
-    return said
 
 
 def _pool(workers: int, threads: int) -> ProcessPoolExecutor:

@@ -45,7 +45,7 @@ _EVALUATION: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # How far another machine's arithmetic may move a number; sampled answers may part at a near tie.
 _TOLERANCE = {"pairwise": 0.01, "credit": 0.01, "gold": 0.02}
-# bfloat16 turns pairs whose values are near: of 165 up to four net, between a GPU and a CPU (the last value's accuracy).
+# bfloat16 turns pairs whose values are near: four of 165 net at most, between a GPU and a CPU (by the last value).
 _TOLERANCE_IN_BFLOAT16 = 0.03
 
 

@@ -27,6 +27,7 @@ from reproduce.commands.common import require_checkpoint, say
 from reproduce.launch import STRATEGIES, Devices, run_stage
 from reproduce.pipeline import Context, locked
 from reproduce.provenance import code_commit, device, versions
+from reproduce.reasons import not_written, reason
 from reproduce.stages import KINDS
 
 S = TypeVar("S", bound=Settings)
@@ -188,10 +189,15 @@ def run(
         clock = time.perf_counter()
         with open(part / "log.txt", "a") as log, contextlib.redirect_stdout(sys.stderr if debug else log):
             together.wait()
-            if together.count > 1:
-                metrics = KINDS[kind].function()(context)
-            else:
-                metrics = run_stage(kind, context, devices, None if debug else part / "log.txt")
+            try:
+                if together.count > 1:
+                    metrics = KINDS[kind].function()(context)
+                else:
+                    metrics = run_stage(kind, context, devices, None if debug else part / "log.txt")
+            except RuntimeError as error:
+                if not not_written(error):
+                    raise
+                raise StageError(f"{reason(error, part)}; make room, and run the same command to go on") from error
             together.wait()
         seconds = time.perf_counter() - clock
         for note in metrics["said"]:

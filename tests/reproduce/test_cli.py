@@ -527,6 +527,31 @@ class TestModels:
         assert item["q"] == pytest.approx(expected(out, PROMPT, RESPONSE)[2], abs=1e-6)
         assert any(item["q"])
 
+    def test_a_training_that_finds_the_disk_full_says_so(
+        self, command: Any, folders: dict[str, Path], preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import torch
+
+        from reproduce.commands import train
+
+        if not Path("/dev/full").exists():
+            pytest.skip("there is no /dev/full")
+        config = tmp_path / "gvm.yaml"
+        config.write_text(
+            f"start: {folders['policy']}\ndata: {preferences}\n"
+            "settings: {learning_rate: 0.01, batch_size: 4, epochs: 1}\n"
+        )
+
+        def saves(*arguments: Any) -> None:
+            torch.save({"weights": torch.zeros(1_000_000)}, "/dev/full")
+
+        monkeypatch.setattr(train, "run_stage", saves)
+        done = command("train", "gvm", "--config", config, "--out", tmp_path / "gvm")
+        assert done.code == 1
+        assert done.err.splitlines()[-1].startswith("error: No space left on the device, or it cannot be written (")
+        assert done.err.endswith("make room, and run the same command to go on\n")
+        assert not (tmp_path / "gvm").exists()
+
     def test_an_interrupted_training_goes_on(
         self, command: Any, folders: dict[str, Path], preferences: Path, tmp_path: Path
     ) -> None:
