@@ -159,14 +159,16 @@ def compose(
 
 
 def wait_for(what: Callable[[], Any], seconds: float) -> Any:
-    """The first true answer. Fails after so many seconds."""
-    end = time.monotonic() + seconds
+    """The first true answer. Fails after so many seconds, with the last error."""
+    end, last = time.monotonic() + seconds, "no error"
     while time.monotonic() < end:
-        with contextlib.suppress(OSError, AssertionError):
+        try:
             if found := what():
                 return found
+        except (OSError, AssertionError) as error:  # those of the engine are OSErrors too
+            last = repr(error)
         time.sleep(0.3)
-    pytest.fail(f"nothing after {seconds} seconds")
+    pytest.fail(f"nothing after {seconds} seconds; at last {last}")
 
 
 def get(path: str, port: int = 18000, body: Any = None, key: str | None = None) -> tuple[int, bytes]:
