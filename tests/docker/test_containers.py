@@ -208,6 +208,13 @@ class TestImage:
         assert places["/opt/venv /opt/venv"] < places["/app /app"]
 
 
+class TestTests:
+    def test_they_pass_in_it(self, compose: Compose) -> None:
+        done = compose("up", "--no-build", "test")
+        assert "exited with code 0" in done.stdout, done.stdout[-3000:]
+        assert re.search(r"\d{4} passed", done.stdout)
+
+
 class TestReproduce:
     def test_killed_and_up_again(
         self, engine: docker.DockerClient, compose: Compose, folders: dict[str, Path], uid: int
