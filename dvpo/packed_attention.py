@@ -1,8 +1,7 @@
 """Attention over a packed row: many texts behind one another, each a segment that sees itself and its prompt.
 
 On a CPU segment by segment (in steps where nothing is trained, but for bfloat16 that nothing stands before); on a GPU
-all segments in one call. Gradients flow
-through both.
+all segments in one call. Gradients flow through both.
 """
 
 from typing import Any
