@@ -80,6 +80,7 @@ class PretrainSettings(TrainSettings):
     """
 
     schedule: Literal["warmup_stable_decay"] = "warmup_stable_decay"  # type: ignore[assignment]
+    micro_batch_size: None = None  # the loss is a weighted mean over the tokens of a whole batch
     decay: float = Field(0.3, ge=0, le=1)
     muon_learning_rate: float = Field(0.01, gt=0)
     adam_beta2: float = Field(0.95, gt=0, lt=1)

@@ -83,6 +83,11 @@ class Book:
         return "accuracy" if isinstance(self.recipe, AtlasRecipe) else "in-domain"
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether all seeds are tested on the same prompts; each built-in world has its own."""
+        return isinstance(self.recipe, DataRecipe)
+
+    @property
     def size(self) -> str:
         """What model the measured rows are about."""
         if isinstance(self.recipe, DataRecipe):

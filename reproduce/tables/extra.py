@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from reproduce.tables.benchmarks import summed
 from reproduce.tables.book import LABELS, Book
 from reproduce.tables.policies import GOLD
 from reproduce.tables.rows import BEYOND, Row, accuracy_row, row
@@ -26,17 +27,14 @@ def credit(book: Book) -> dict[str, Any] | None:
         found = book.metrics(f"credit/{name}")
         for key, metric in (("auroc", "AUROC of wrong tokens"), ("lowest_hit", "lowest step is a wrong token")):
             if found:
-                low, high = (float(np.mean([m[f"{key}_ci95"][i] for m in found])) for i in (0, 1))
-                rows.append({
-                    "model": book.size, "method": label, "metric": metric, "paper": None,
-                    "measured": round(float(np.mean([m[key] for m in found])), 4),
-                    "ci95": [round(low, 4), round(high, 4)],
-                    "n": sum(m["n_responses"] for m in found), "seeds": len(found), "verdict": BEYOND,
-                })  # fmt: skip
+                scores = [(m[key], m[f"{key}_ci95"], m["n_responses"]) for m in found]
+                made = summed(book.size, label, metric, scores)
+                low, high = made["ci95"]
+                rows.append({**made, "ci95": [max(0.0, low), min(1.0, high)], "verdict": BEYOND})  # both are shares
     if not rows:
         return None
     chance = float(np.mean([m["lowest_chance"] for name in CREDIT for m in book.metrics(f"credit/{name}")]))
-    note = f"Chance: AUROC 0.5; lowest step {chance:.3f}. Intervals: the mean over seeds of each seed's."
+    note = f"Chance: AUROC 0.5; lowest step {chance:.3f}."
     return {"table": "credit", "title": "Credit against known truth", "note": note, "rows": rows}
 
 

@@ -5,16 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dvpo.evaluation.intervals import Interval
 from reproduce.report import Section, Sheet
 from reproduce.tables import study
 from reproduce.tables.book import Book
-from reproduce.tables.paired import Interval
 
 HOW = (
     "Differences are taken prompt by prompt between policies of the same seed. Intervals and the first p-value come "
-    "from a bootstrap over seeds and prompts, the second from flipping the sign of every prompt's difference; both are "
-    "corrected by Holm's method over all comparisons of the table, and two policies count as told apart where both "
-    f"are below {study.LEVEL:g}. The last p-value flips whole seeds, exactly and uncorrected."
+    "from a bootstrap over seeds and prompts (the intervals widened to Student's t over the seeds), the second from "
+    "flipping the sign of every prompt's difference; both p-values are corrected by Holm's method over all comparisons "
+    f"of the table. Two policies count as told apart where both are below {study.LEVEL:g} and the interval, which is "
+    "not corrected, does not contain zero. The last p-value flips whole seeds, exactly and uncorrected."
 )
 
 

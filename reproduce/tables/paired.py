@@ -1,9 +1,10 @@
 """Paired tests over seeds and prompts.
 
 Two questions are kept apart. Would other seeds and prompts show the same sign? That is the bootstrap, which draws seeds
-and prompts within them; with few seeds it is too sure of itself. Could the prompts' differences be chance for these
-trained models? That is the sign-flip test. A difference counts as told apart only where both say so after Holm's
-correction. The exact flip of whole seeds is shown beside them: with k seeds it cannot fall below 2 / 2**k.
+and prompts within them; with few seeds it is too sure of itself, so the interval is widened to Student's t over the
+seeds. Could the prompts' differences be chance for these trained models? That is the sign-flip test. A difference
+counts as told apart only where both say so after Holm's correction and the interval does not contain zero. The exact
+flip of whole seeds is shown beside them: with k seeds it cannot fall below 2 / 2**k.
 """
 
 import itertools
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Interval = tuple[float, float]
+from dvpo.evaluation.intervals import Interval, between_seeds
+
 RESAMPLES = 4000
 _AT_ONCE = 500
 
@@ -44,13 +46,15 @@ def paired(differences: Sequence[Sequence[float]], resamples: int = RESAMPLES, s
     rng = np.random.default_rng(seed)
     means_R = _bootstrap(arrays, resamples, rng)
     low, high = np.percentile(means_R, [2.5, 97.5])
+    means = [float(x.mean()) for x in arrays]
+    mean, ci95 = between_seeds(means, (float(low), float(high)))
     below, above = int((means_R <= 0).sum()), int((means_R >= 0).sum())
     return Paired(
-        mean=float(np.mean([x.mean() for x in arrays])),
-        ci95=(float(low), float(high)),
+        mean=mean,
+        ci95=ci95,
         p_bootstrap=min(1.0, 2 * (min(below, above) + 1) / (resamples + 1)),
         p_flip=flip_prompts(arrays, resamples, rng),
-        p_seeds=flip_seeds([float(x.mean()) for x in arrays]),
+        p_seeds=flip_seeds(means),
     )
 
 

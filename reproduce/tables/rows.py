@@ -20,7 +20,7 @@ def row(book: Book, model: str, method: str, metric: str, published: float | Non
     """A measured row: the mean over seeds with its interval."""
     from dvpo.evaluation.intervals import mean_over_seeds
 
-    mean, (low, high) = mean_over_seeds(values, groups)
+    mean, (low, high) = mean_over_seeds(values, groups, book.shares_prompts)
     return {
         "model": model,
         "method": method,

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from dvpo.evaluation.intervals import Interval
 from reproduce import verdicts
 from reproduce.recipe import AtlasRecipe
 from reproduce.tables.book import LABELS, Book
-from reproduce.tables.paired import Interval, Paired, holm, paired
+from reproduce.tables.paired import Paired, holm, paired
 from reproduce.tables.policies import GOLD, KL
 from reproduce.tables.rows import BEYOND, Row, accuracy_row, row
 
@@ -97,7 +98,8 @@ class Comparison:
     @property
     def told(self) -> bool:
         """Whether the two are told apart."""
-        return max(self.bootstrap, self.flip) < LEVEL
+        low, high = self.test.ci95
+        return max(self.bootstrap, self.flip) < LEVEL and not low <= 0 <= high
 
     def sentence(self) -> str:
         """What the comparison says."""

@@ -2,13 +2,16 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import typer
 
+from dvpo.evaluation.intervals import between_seeds
 from reproduce.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +62,32 @@ def spread(number: float, low: float, high: float, digits: int) -> str:
     return f"{number:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def measured(file: str, method: str, metric: str, digits: int) -> str:
-    """A row of a result's table as README writes it."""
+def measured(file: str, method: str, metric: str, digits: int, by_seed: Sequence[float], own: Any = ()) -> str:
+    """A row of a result's table as README writes it: its interval widened to the seeds', which it was made without.
+
+    own: the interval of every seed, where all are tested on the same prompts.
+    """
     rows = [r for r in given(file)["rows"] if r["method"] == method and metric in r["metric"] and r["measured"]]
-    return spread(rows[0]["measured"], *rows[0]["ci95"], digits)
+    assert np.mean(by_seed) == pytest.approx(rows[0]["measured"], abs=1e-3)
+    ends = np.array([rows[0]["ci95"], *([np.mean(own, axis=0)] if own else [])])
+    mean, (low, high) = between_seeds(by_seed, (float(ends[:, 0].min()), float(ends[:, 1].max())))
+    return spread(mean, low, high, digits)
+
+
+def metrics(run: str, stage: str, seeds: int) -> list[dict[str, Any]]:
+    """A stage's metrics, by seed."""
+    manifests = given(f"{run}/manifests.json")
+    return [manifests[f"seed{seed}/{stage}"]["metrics"] for seed in range(seeds)]
+
+
+def gold_scores(method: str) -> list[float]:
+    return [found["gold"] for found in metrics("tiny", f"gold/{STAGES[method]}", 5)]
+
+
+def accuracy(run: str, stage: str, how: str, seeds: int) -> tuple[list[float], list[list[float]]]:
+    """In percent: every seed's accuracy, and its interval."""
+    cells = [found["accuracy"][how] for found in metrics(run, stage, seeds)]
+    return [100 * cell["accuracy"] for cell in cells], [[100 * end for end in cell["ci95"]] for cell in cells]
 
 
 STAGES = {
@@ -83,36 +108,43 @@ STAGES = {
 def test_policies_are_those_of_the_run(document: str, method: str) -> None:
     lines = (ROOT / document).read_text().splitlines()
     shown = [text for text in lines if re.match(rf"\| {re.escape(method)}(,[\w' ]+)? \| 0\.\d+ \[", text)]
-    assert f"| {measured('tiny/results/table_1.json', method, 'gold score', 3)} |" in shown[0]
-    runs = given("tiny/manifests.json")
-    gold = [runs[f"seed{seed}/gold/{STAGES[method]}"]["metrics"]["gold"] for seed in range(5)]
+    gold = gold_scores(method)
+    assert f"| {measured('tiny/results/table_1.json', method, 'gold score', 3, gold)} |" in shown[0]
     assert f"| {', '.join(f'{score:.2f}'.lstrip('0') for score in gold)} |" in shown[0]
     if method in ("PPO", "ReMax", "GRPO", "DVPO (A = Q)", "DVPO (GAE)"):  # the gains that a table has
         table = "tiny/results/table_2.json" if method == "ReMax" else "tiny/results/table_1.json"
-        assert f"| {measured(table, f'{method} − SFT', 'gain', 3)} |" in shown[0]
+        gains = [score - start for score, start in zip(gold, gold_scores("SFT"), strict=True)]
+        assert f"| {measured(table, f'{method} − SFT', 'gain', 3, gains)} |" in shown[0]
 
 
 @pytest.mark.parametrize(
-    ("start", "judge", "credit"),
+    ("start", "stage", "table", "judge", "how", "credit"),
     [
-        ("GVM, mean |", "GVM", "GVM, Q - V"),
-        ("PPO's critic at the end", "A/C", "PPO critic, Q - V"),
-        ("ScalarRM, its score spread", None, "ScalarRM, spread evenly"),
+        ("GVM, mean |", "gvm", 4, "GVM", "mean", "GVM, Q - V"),
+        ("PPO's critic at the end", "critic", 4, "A/C", "mean", "PPO critic, Q - V"),
+        ("ScalarRM, its score spread", "rm", 3, "ScalarRM", "last", "ScalarRM, spread evenly"),
     ],
 )
-def test_value_models_are_those_of_the_run(start: str, judge: str | None, credit: str) -> None:
-    if judge is not None:
-        assert measured("tiny/results/table_4.json", judge, "accuracy", 1) in row(start)
-    assert measured("tiny/results/table_credit.json", credit, "AUROC", 3) in row(start)
+def test_value_models_are_those_of_the_run(
+    start: str, stage: str, table: int, judge: str, how: str, credit: str
+) -> None:
+    right, _ = accuracy("tiny", f"accuracy/{stage}", how, 5)
+    assert measured(f"tiny/results/table_{table}.json", judge, "accuracy", 1, right) in row(start)
+    found = [seed["auroc"] for seed in metrics("tiny", f"credit/{stage}", 5)]
+    assert measured("tiny/results/table_credit.json", credit, "AUROC", 3, found) in row(start)
     lowest = [r for r in given("tiny/results/table_credit.json")["rows"] if r["method"] == credit][1]["measured"]
     assert row(start).endswith(f"| {100 * lowest:.0f} |")
 
 
 def test_real_text_is_that_of_the_run() -> None:
-    for start, method in (("GVM from", "GVM"), ("ScalarRM of", "ScalarRM"), ("the longer", "longer wins")):
-        assert measured("small-gpu/results/table_5.json", method, "accuracy", 1) in row(start)
-    for start, method in (("GVM from", "GVM"), ("the longer", "longer wins")):
-        assert measured("small-gpu/results/table_4.json", method, "accuracy", 1) in row(start)
+    for start, method, stage, how in (
+        ("GVM from", "GVM", "gvm", "mean"),
+        ("ScalarRM of", "ScalarRM", "rm", "last"),
+        ("the longer", "longer wins", "gvm", "longer wins"),
+    ):
+        for table, name in (("table_5", "hh-rlhf"), ("table_3" if method == "ScalarRM" else "table_4", "in-domain")):
+            seeds = accuracy("small-gpu", f"{name}/{stage}", how, 3)
+            assert measured(f"small-gpu/results/{table}.json", method, "accuracy", 1, *seeds) in row(start)
 
 
 def workload(file: str, clients: str, kind: str) -> dict[str, Any]:

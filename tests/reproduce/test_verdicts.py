@@ -84,9 +84,10 @@ def test_gains_and_matches(ci95: tuple[float, float], said: tuple[str, str]) -> 
     ],
 )
 def test_ties(ci95: tuple[float, float], verdict: str) -> None:
-    assert tie("T3", ci95, 1) == verdict
+    assert tie("T3", ci95, 3) == verdict
     low, high = ci95
-    assert tie("T3", (-high, -low), 1) == verdict, "neither side is the paper's"
+    assert tie("T3", (-high, -low), 3) == verdict, "neither side is the paper's"
+    assert tie("T3", ci95, 2) == OTHER_SCALE, "two seeds are too few"
 
 
 @given(NUMBERS, NUMBERS, st.floats(0, 5))
