@@ -20,6 +20,10 @@ from dvpo.errors import InputError
 Span = tuple[int, int]
 FRAGMENT = "\ufffd"
 """What stands for a token that holds a part of a character."""
+_MOST_HELD = 12
+"""Tokens in which a character must have come: a byte each, it has four at most. The library decodes all that it holds
+back again with every token more, which for thousands of broken ones would take half a minute.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Codec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.vocabulary = len(tokenizer)
+        self.vocabulary = max(tokenizer.get_vocab().values()) + 1  # there may be gaps
         self._spelt: dict[int, bytes] = {}  # what was asked for; no more than the vocabulary
 
     def prompt_ids(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -160,10 +164,11 @@ class Codec:
                     tokens.append(last)
                     offsets.append((len(text) - len(last), len(text)))
                 held = 0
-        if held:  # what never became a character
-            rest = backend.decode(list(ids), skip_special_tokens=False)[len(text) :] or FRAGMENT
-            _release(text, rest, held, tokens, offsets)
-            text += rest
+            if held == _MOST_HELD or (held and len(tokens) + held == len(ids)):  # what never becomes a character
+                rest = backend.decode(list(ids[len(tokens) :][:held]), skip_special_tokens=False) or FRAGMENT
+                _release(text, rest, held, tokens, offsets)
+                text += rest
+                stream, held = DecodeStream(skip_special_tokens=False), 0
         return Shown(text, tokens, offsets)
 
 

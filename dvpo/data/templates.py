@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dvpo.data.records import Message
 from dvpo.errors import InputError
@@ -56,9 +56,11 @@ def prompt_messages(prompt: Sequence[Message], trajectory: Trajectory = ()) -> l
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], trajectory: Trajectory = ()
+    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message], trajectory: Trajectory = (), **template: Any
 ) -> list[int]:
     """Token ids of the prompt up to where the assistant begins to answer, with the tokenizer's own chat template.
+
+    template: more for `apply_chat_template`, such as the template's own switches.
 
     The template writes every special token itself, so none is added (no second BOS). Raises InputError where the
     tokenizer has no template or refuses the messages.
@@ -69,7 +71,7 @@ def encode_prompt(
 
     try:
         text = tokenizer.apply_chat_template(
-            prompt_messages(prompt, trajectory), add_generation_prompt=True, tokenize=False
+            prompt_messages(prompt, trajectory), add_generation_prompt=True, tokenize=False, **template
         )
     except TemplateError as error:
         raise InputError(f"the chat template refuses the messages: {error}") from error

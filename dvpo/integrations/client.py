@@ -11,10 +11,12 @@ import itertools
 import json
 import logging
 import random
+import ssl
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -95,12 +97,19 @@ class GVMClient:
         self.max_items, self.max_tokens, self.concurrency = max_items, max_tokens, concurrency
         self.timeout, self.attempt_timeout = timeout, attempt_timeout
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._tls = httpx.create_ssl_context()  # slow to make, so made once
         self._fingerprint: str | None = None
         if tokenizer is not None:
             from dvpo.models import tokenizer_fingerprint
 
             self._fingerprint = tokenizer_fingerprint(tokenizer)
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return httpx.create_ssl_context()  # slow to make, so made once
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers in other processes: all but what cannot be pickled, which they make themselves."""
+        return {name: value for name, value in self.__dict__.items() if name != "_tls"}
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], aggregate: Sequence[str] = ("mean",)

@@ -8,7 +8,7 @@ of the whole batch, plus `beta` times `dvpo.objectives.kl.kl_loss` (DVPOConfig s
 that term by default, `use_bias_correction_kl`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,12 +52,16 @@ def open_gvm(gvm: GVM, tokenizer: PreTrainedTokenizerBase) -> Values:
     return _local(gvm, tokenizer)
 
 
-def gvm_reward(gvm: GVM, tokenizer: PreTrainedTokenizerBase, how: str = "mean") -> Callable[..., list[float]]:
+def gvm_reward(
+    gvm: GVM, tokenizer: PreTrainedTokenizerBase, how: str = "mean", **template: Any
+) -> Callable[..., list[float]]:
     """A reward function for TRL's online trainers: the score of each completion from its token values.
 
     Args:
         tokenizer: the policy's.
         how: the aggregate (mean, last, p1, p5, p10, p90, p95, p99, bellman).
+        template: what the trainer gives the chat template (its `chat_template_kwargs`, `chat_template` and `tools`).
+            TRL does not hand it to reward functions, and without it the GVM would read another prompt than the policy.
 
     Raises:
         InputError: an unknown aggregate, or a GVM with another tokenizer.
@@ -67,7 +71,8 @@ def gvm_reward(gvm: GVM, tokenizer: PreTrainedTokenizerBase, how: str = "mean") 
     values = open_gvm(gvm, tokenizer)
 
     def gvm_score(prompts: Sequence[Any], completion_ids: Sequence[list[int]], **_: Any) -> list[float]:
-        texts = [Encoded(_prompt_ids(tokenizer, p), list(c)) for p, c in zip(prompts, completion_ids, strict=True)]
+        read = [_prompt_ids(tokenizer, prompt, template) for prompt in prompts]
+        texts = [Encoded(p, list(c)) for p, c in zip(read, completion_ids, strict=True)]
         return _scores(values(texts), how)
 
     return gvm_score
@@ -191,6 +196,8 @@ def _scores(values: list[Tensor], how: str) -> list[float]:
     return [float(aggregate(v_S[None], torch.ones(1, len(v_S), dtype=torch.bool), how)) for v_S in values]
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, template: Mapping[str, Any]) -> list[int]:
     """The ids that TRL's trainers give the policy for a prompt: chat messages, or a text as it is."""
-    return tokenizer(text=prompt)["input_ids"] if isinstance(prompt, str) else encode_prompt(tokenizer, prompt)
+    if isinstance(prompt, str):
+        return tokenizer(text=prompt)["input_ids"]
+    return encode_prompt(tokenizer, prompt, **template)

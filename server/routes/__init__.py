@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from server.errors import ApiError
@@ -13,6 +14,13 @@ from server.service import Service
 
 
 class _JsonRequest(Request):
+    async def body(self) -> bytes:
+        """The bytes. The framework would call it a bad request when the client leaves before all of them have come."""
+        try:
+            return await super().body()
+        except ClientDisconnect as error:
+            raise ApiError(499, "the client left", "client_left") from error
+
     async def json(self) -> Any:
         """The body. Refused: NaN, half surrogate pairs, deep nesting, numbers of thousands of digits."""
         try:

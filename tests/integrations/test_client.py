@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import copy
 import email.utils
 import json
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -331,6 +333,14 @@ def test_the_key_is_sent_as_a_bearer_token(script: Script) -> None:
     (_, path, headers, _) = script.seen[0]
     assert headers["Authorization"] == "Bearer abc"
     assert path == "/score_tokens"
+
+
+def test_a_client_may_be_sent_to_another_process_and_copied(script: Script) -> None:
+    client = GVMClient(script.url, api_key="k", timeout=9)
+    client.score([[7]], [[1, 2]])
+    for other in (pickle.loads(pickle.dumps(client)), copy.deepcopy(client)):
+        assert (other.url, other.timeout) == (client.url, 9)
+        assert other.score([[7]], [[1, 2]])[0].scores == client.score([[7]], [[1, 2]])[0].scores
 
 
 def test_both_calls_work_inside_a_running_loop(script: Script) -> None:

@@ -258,6 +258,24 @@ def test_the_reward_function_gives_the_aggregate_of_the_values(
         gvm_reward(checkpoints["llama", "value"], tokenizer, "median")
 
 
+def test_the_reward_function_reads_the_prompt_that_the_template_makes_for_the_policy(
+    checkpoints: Checkpoints, examples: list[Example], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A template may have switches, such as one that leaves out the thinking."""
+    chat, answer = list(examples[0].prompt), encode_response(tokenizer, examples[0].responses[0].text)
+    switch = {
+        "chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'the the' if short }}",
+        "short": 1,
+    }
+    read = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **switch)
+    values_B_S, mask_B_S = own_values(checkpoints, [Encoded(read, answer)], tokenizer.pad_token_id)
+    given = gvm_reward(checkpoints["llama", "value"], tokenizer, "last", **switch)
+    found = given(prompts=[chat], completions=["unused"], completion_ids=[answer])
+    assert found == pytest.approx([float(values_B_S[0][mask_B_S[0]][-1])], abs=1e-5)
+    plain = gvm_reward(checkpoints["llama", "value"], tokenizer, "last")
+    assert plain(prompts=[chat], completions=["unused"], completion_ids=[answer]) != pytest.approx(found, abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, atlas: Atlas) -> Path:
     """Random models and a file of prompts, as a user would have them."""

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import threading
 import time
 from typing import Any
@@ -421,6 +422,16 @@ def test_what_a_client_left_behind_is_not_scored(build: Any, live: Any) -> None:
         assert len(served.backend.seen) == 1, "only the text of the client that stayed"
         eventually(lambda: 'code="499",route="/score_tokens"} 1.0' in httpx.get(f"{url}/metrics").text)
         eventually(lambda: served.app.state.gate.working == 0)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request_sent_no_bad_one(build: Any, live: Any) -> None:
+    served = build()
+    url = live(served.app)
+    head = b"POST /score_tokens HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+    with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port)) as connection:
+        connection.sendall(head + b'{"items":')
+    eventually(lambda: 'code="499",route="/score_tokens"} 1.0' in httpx.get(f"{url}/metrics").text)
+    assert "invalid_request" not in httpx.get(f"{url}/metrics").text
 
 
 def test_stopping_finishes_what_was_taken_and_refuses_the_rest(build: Any) -> None:

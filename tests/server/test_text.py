@@ -1,11 +1,15 @@
 """From text to ids once, and back to the characters of every token."""
 
+import copy
+import json
+import time
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from dvpo.data.templates import encode_prompt
 from dvpo.errors import InputError
@@ -107,6 +111,22 @@ def test_bytes_that_are_no_character_are_shown_as_such(byte_tokenizer: Any, fall
         assert cut.text.startswith("h\ufffd")
 
 
+def test_thousands_of_bytes_that_are_no_character_take_no_longer_than_others(
+    byte_tokenizer: Any, fallback_tokenizer: Any
+) -> None:
+    """The library decodes all that it holds back with every token more: 8,000 took half a minute."""
+    for tokenizer in (byte_tokenizer, fallback_tokenizer):
+        codec = Codec(tokenizer)
+        emoji = codec.response("𓀀", append_eos=False).ids[-4:]
+        letter = codec.response("ah", append_eos=False).ids[-1:]
+        began = time.monotonic()
+        shown = codec.show(codec.sampled([*emoji[:1] * 8000, *letter]))
+        assert time.monotonic() - began < 5
+        check(shown, 8001)
+        assert shown.text.endswith("\ufffdh")
+        assert shown.tokens[-1] == "h"
+
+
 def test_text_and_ids_of_one_response_agree(codec: Codec) -> None:
     text = "the river of velor is mild ."
     response = codec.response(text, append_eos=True)
@@ -143,6 +163,19 @@ def test_white_space_after_the_end_is_left_out(byte_tokenizer: Any) -> None:
 def test_ids_outside_the_vocabulary_are_refused(codec: Codec) -> None:
     with pytest.raises(InputError, match=f"{codec.vocabulary} is not a token id"):
         codec.sampled([0, codec.vocabulary])
+
+
+def test_a_vocabulary_may_have_gaps(tokenizer: Any) -> None:
+    """Its highest id is then no less than the number of its tokens."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = described["model"]["vocab"]
+    word = max(ids, key=ids.__getitem__)
+    ids[word] += 40
+    gappy = copy.deepcopy(tokenizer)
+    gappy._tokenizer = Tokenizer.from_str(json.dumps(described))
+    codec = Codec(gappy)
+    assert codec.vocabulary == ids[word] + 1
+    assert codec.show(codec.sampled([ids[word]])).tokens == [word]
 
 
 def test_projection_reads_the_value_when_the_callers_token_has_ended() -> None:
