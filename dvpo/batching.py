@@ -47,9 +47,13 @@ def of_like_length(texts: Sequence[T], length: Callable[[T], int], batch_size: i
 
 
 def epochs_of(texts: Sequence[T], epochs: float, seed: int) -> list[T]:
-    """All texts of a training: every epoch in a seeded order of its own, the last one perhaps in part."""
+    """All texts of a training: every epoch in a seeded order of its own, the last one perhaps in part.
+
+    At least one text, where there is any.
+    """
     rng = random.Random(seed)
+    count = round(epochs * len(texts)) or min(1, len(texts))
     ordered: list[T] = []
-    while len(ordered) < round(epochs * len(texts)):
+    while len(ordered) < count:
         ordered += rng.sample(texts, len(texts))
-    return ordered[: round(epochs * len(texts))]
+    return ordered[:count]

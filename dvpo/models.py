@@ -260,11 +260,13 @@ def _load_stock(base: str | Path, role: Role, dtype: torch.dtype, fresh_head: bo
     settings: dict[str, Any] = {"dtype": dtype, "revision": revision}
     if role != "policy":
         settings["num_labels"] = 1
+    # An adapter of the model notes this name, and must find its base from wherever it is loaded.
+    name = str(Path(base).absolute()) if Path(base).is_dir() else str(base)
     log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.ERROR)  # a fresh head is expected, not worth a warning
     try:
-        model, info = _AUTO[role].from_pretrained(str(base), output_loading_info=True, **settings)
+        model, info = _AUTO[role].from_pretrained(name, output_loading_info=True, **settings)
     except Exception as error:
         raise InputError(f"{base}: the checkpoint cannot be loaded ({_first_line(error)})") from error
     finally:
@@ -285,7 +287,13 @@ def _load_merged(folder: str | Path, role: Role | None, dtype: torch.dtype) -> A
     if adapter is None or role is None:
         raise InputError(f"{folder}: the adapter is of an unknown task; train it with this package")
     base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    model = _load_stock(base, role, dtype, fresh_head=role != "policy", revision=revision)
+    try:
+        model = _load_stock(base, role, dtype, fresh_head=role != "policy", revision=revision)
+    except InputError as error:
+        raise InputError(
+            f"{folder} is an adapter, and its base model cannot be had ({error}); give the folder that holds it with "
+            "--base to score, serve or verify, or write it into the adapter_config.json of a copy of yours"
+        ) from error
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dvpo.errors import InputError
 from dvpo.files import write_json, write_text
+from reproduce.commands.common import require_folder
 from reproduce.graph import Graph, build
 from reproduce.pipeline import Planned, Result, Source, Stage, plan
 from reproduce.provenance import code_commit, device, refuse_other_code, versions
@@ -94,6 +95,7 @@ def reproduce(request: Request, report: Report) -> dict[str, Any]:
     from reproduce.report import ReportData, table_text, write_report
 
     p = prepare(request)
+    require_folder(p.out)
     if p.stages:
         require_pinned(p.recipe, request.data)
     if not request.mix_commits:

@@ -58,7 +58,7 @@ def test_texts_of_like_length_share_a_batch_and_none_is_lost_or_moved_far(length
 @given(st.lists(st.integers(), max_size=40, unique=True), st.sampled_from([0.25, 1, 1.5, 3]))
 def test_epochs_hold_every_text_once_each_in_its_own_order(texts, epochs) -> None:
     ordered = epochs_of(texts, epochs, 0)
-    assert len(ordered) == round(epochs * len(texts))
+    assert len(ordered) == (round(epochs * len(texts)) or min(1, len(texts)))
     for start in range(0, len(ordered), max(1, len(texts))):
         epoch = ordered[start : start + len(texts)]
         assert len(set(epoch)) == len(epoch) and set(epoch) <= set(texts)

@@ -84,6 +84,8 @@ def read(source: str | Path, *, split: str | None = None, limit: int | None = No
     if limit is not None and limit < 1:
         raise InputError(f"the limit on the rows of {source} is {limit}; give at least 1, or none")
     path = Path(source)
+    if not str(source):
+        raise InputError("the data's name is empty; give a file or folder, or a hub id as owner/name@REV")
     if path.exists():
         files = data_files(path, split)
         rows = chain.from_iterable((_parquet_rows if f.suffix == ".parquet" else _jsonl_rows)(f) for f in files)
@@ -125,7 +127,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             batches = table.iter_batches(batch_size=64)
             for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
                 yield f"{path.name}:row {number}", row
-    except (ArrowException, OSError, ValueError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path} cannot be read as parquet ({brief(error)}); write it again") from error
 
 

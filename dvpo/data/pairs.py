@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dvpo.data.records import Example
 from dvpo.data.templates import Encoded, LengthNotes, encode_prompt, encode_response, limit
+from dvpo.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,11 +78,14 @@ class Encoder:
         return self._texts[pick]
 
     def _prompt(self, pick: Pick) -> list[int]:
-        prompt = self.examples[pick.example].prompt
-        if self.trajectory_k:
-            return encode_prompt(self.tokenizer, prompt, self.trajectory(pick))
-        if pick.example not in self._prompts:
-            self._prompts[pick.example] = encode_prompt(self.tokenizer, prompt)
+        example = self.examples[pick.example]
+        try:
+            if self.trajectory_k:
+                return encode_prompt(self.tokenizer, example.prompt, self.trajectory(pick))
+            if pick.example not in self._prompts:
+                self._prompts[pick.example] = encode_prompt(self.tokenizer, example.prompt)
+        except InputError as error:
+            raise InputError(f"{example.origin}: {error}") from error
         return self._prompts[pick.example]
 
     def trajectory(self, pick: Pick) -> list[tuple[tuple[dict[str, str], ...], str]]:

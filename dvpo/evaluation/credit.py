@@ -89,7 +89,10 @@ def evaluate_credit(
                     f"{example.origin}: response {j} has not one token per word; give a model of the built-in world"
                 )
             texts.append(text)
-            truths.append((judge.judge(example.prompt[-1]["content"], words).wrong_words, i))
+            try:
+                truths.append((judge.judge(example.prompt[-1]["content"], words).wrong_words, i))
+            except InputError as error:
+                raise InputError(f"{example.origin}: {error}") from error
     if not any(wrong for wrong, _ in truths):
         raise InputError("no chosen answer has a wrong word; take more of them")
     values = dict(score_all(model, texts, tokenizer.pad_token_id))

@@ -1,5 +1,6 @@
 """Pairwise accuracy: how often a model scores the preferred response higher, under every aggregate."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dvpo import models
 from dvpo.data.pairs import EncodedPair, Encoder, preference_picks
 from dvpo.data.records import Example
+from dvpo.data.templates import Encoded
 from dvpo.errors import InputError
 from dvpo.evaluation.intervals import means_with_intervals
 from dvpo.objectives.td import AGGREGATES, aggregate
@@ -95,10 +97,20 @@ def evaluate_pairwise(
     picks = preference_picks(examples, per_prompt, seed)
     if most is not None and len(picks) > most:
         picks = random.Random(seed).sample(picks, most)
-    pairs = list(encoder.pairs(picks))
+    encoded = list(encoder.pairs(picks))
+    reads = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    pairs = [pair for pair in encoded if max(map(_length, (pair.better, pair.worse))) <= reads]
+    said = encoder.notes.lines()
+    if len(pairs) < len(encoded):
+        left = f"{len(encoded) - len(pairs)} of {len(encoded)} pairs were left out"
+        said.append(f"{left}: longer than the {reads} tokens that the model reads")
     if not pairs:
-        why = "; ".join(encoder.notes.lines()) if picks else "no response is preferred to another"
+        why = "; ".join(said) if picks else "no response is preferred to another"
         raise InputError(f"the data has no usable pair ({why}); give preference data that fits the limits")
     aggregates = ["last"] if role == "reward" else AGGREGATES
     rows = score_pairs(model, pairs, tokenizer.pad_token_id, aggregates, bf16)
-    return Pairwise(rows, accuracies(rows), encoder.notes.lines())
+    return Pairwise(rows, accuracies(rows), said)
+
+
+def _length(text: Encoded) -> int:
+    return len(text.prompt_ids) + len(text.response_ids)

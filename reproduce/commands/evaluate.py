@@ -6,7 +6,7 @@ from typing import Any
 
 from dvpo.errors import InputError
 from dvpo.files import write_json
-from reproduce.commands.common import print_json, require_checkpoint, table_text
+from reproduce.commands.common import print_json, require_checkpoint, require_place, table_text
 
 
 def pairwise(
@@ -27,6 +27,7 @@ def pairwise(
     """How often the model scores the preferred response higher, beside chance and "longer wins"."""
     from dvpo.data.formats import read
 
+    require_place(out)
     require_checkpoint(model)
     dataset = read(data, split=split)
     from dvpo.evaluation.pairwise import evaluate_pairwise
@@ -84,6 +85,7 @@ def credit(
     from dvpo.data.atlas import Atlas
     from dvpo.data.formats import read
 
+    require_place(out)
     require_checkpoint(model)
     try:
         facts = Atlas.from_json(json.loads(world.read_text(encoding="utf-8"))).to_json()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dvpo.errors import InputError
 from dvpo.files import write_json
-from reproduce.commands.common import print_json, say, table_text
+from reproduce.commands.common import print_json, require_folder, require_place, say, table_text
 
 if TYPE_CHECKING:
     from dvpo.evaluation.answers import Answers
@@ -155,6 +155,8 @@ class _Counter:
 
 def _run(r: Request, work: "Judged", text: Callable[[dict[str, Any]], str]) -> None:
     """Prints the estimate and, unless that is all that is wanted, the result."""
+    require_place(r.out)
+    require_folder(r.archive)
     if r.dry_run or not r.offline:
         estimate = _estimate(r, work)
         if r.dry_run:

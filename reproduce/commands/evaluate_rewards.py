@@ -6,11 +6,12 @@ from typing import Any
 
 from dvpo.files import write_json
 from reproduce.commands import evaluate_judged as judged
-from reproduce.commands.common import print_json, require_checkpoint, table_text
+from reproduce.commands.common import print_json, require_checkpoint, require_place, table_text
 
 
 def rewardbench(model: str, data: str, *, split: str | None, out: Path | None, as_json: bool) -> None:
     """RewardBench, or the parts of it that the data has, of a value model or scalar reward model."""
+    require_place(out)
     require_checkpoint(model)
     from dvpo.evaluation.rewardbench import evaluate_rewardbench, read_pairs
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvpo.errors import InputError, StageError
 from reproduce.bundles.adapters import on_base
-from reproduce.commands.common import print_json, require_checkpoint, table_text
+from reproduce.commands.common import print_json, require_checkpoint, require_place, table_text
 
 if TYPE_CHECKING:
     from dvpo.data.records import Message
@@ -37,6 +37,7 @@ def run(
     """Scores the requests and prints them; `aggregates` empty means all. base: an adapter's base model."""
     if heatmap is not None and heatmap.suffix not in (".html", ".png"):
         raise InputError(f"{heatmap}: a heat map is a .html or .png file; name one that ends so")
+    require_place(heatmap)
     require_checkpoint(gvm)
     with tempfile.TemporaryDirectory(prefix="dvpo-") as scratch:
         folder = gvm if base is None else str(on_base(Path(gvm), base, Path(scratch)))
@@ -75,7 +76,12 @@ def score(gvm: str, requests: Sequence[Request], aggregates: Sequence[str] = ())
         raise InputError(f"unknown aggregate {unknown[0]!r}; choose from {', '.join(AGGREGATES)}")
     model: Any = models.load(gvm, "reward" if models.role_of(gvm) == "reward" else "value")
     tokenizer: Any = models.load_tokenizer(gvm)
-    texts = [encode(tokenizer, request.prompt, request.response) for request in requests]
+    texts = []
+    for request in requests:
+        try:
+            texts.append(encode(tokenizer, request.prompt, request.response))
+        except InputError as error:
+            raise InputError(f"{request.origin}: {error}") from error
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for request, text in zip(requests, texts, strict=True):
         length = len(text.prompt_ids) + len(text.response_ids)

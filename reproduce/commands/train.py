@@ -6,6 +6,7 @@ trainer's checkpoints, from which an interrupted training goes on) and `out/`, w
 
 import contextlib
 import math
+import os
 import random
 import shutil
 import sys
@@ -22,8 +23,8 @@ from dvpo.config import DpoSettings, GvmSettings, PolicySettings, RewardSettings
 from dvpo.data.formats import read
 from dvpo.data.records import Example, dump_examples
 from dvpo.errors import InputError, StageError
-from dvpo.files import sha256_json, write_json
-from reproduce.commands.common import require_checkpoint, say
+from dvpo.files import sha256_json, sha256_tree, write_json
+from reproduce.commands.common import require_checkpoint, require_folder, say
 from reproduce.launch import STRATEGIES, Devices, run_stage
 from reproduce.pipeline import Context, locked
 from reproduce.provenance import code_commit, device, versions
@@ -50,7 +51,7 @@ class TrainFile(Settings, Generic[S]):
     start: str
     data: str
     split: str | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     pairs: Choice = Choice()
     reward_model: str | None = None
     value_model: str | None = None
@@ -184,6 +185,8 @@ def run(
     with locked(part / "lock"):
         require_new(out)  # another run may have finished it while this one waited
         record = {"kind": kind, "config": file.model_dump(), "data_sha256": dataset.digest}
+        models = {"start": Path(file.start), **folders}
+        record["models_sha256"] = {name: sha256_tree(path) for name, path in models.items() if path.is_dir()}
         _begin(part, sha256_json(record))
         dump_examples(examples, part / "data" / f"{_SPLIT}.jsonl")
         clock = time.perf_counter()
@@ -194,6 +197,10 @@ def run(
                     metrics = KINDS[kind].function()(context)
                 else:
                     metrics = run_stage(kind, context, devices, None if debug else part / "log.txt")
+            except InputError:
+                if not any((part / "state").iterdir()):
+                    shutil.rmtree(part)  # nothing was trained: mended, the same command begins anew
+                raise
             except RuntimeError as error:
                 if not not_written(error):
                     raise
@@ -215,9 +222,10 @@ def run(
 
 
 def require_new(out: Path) -> None:
-    """Raises InputError where `out` exists."""
-    if out.exists():
+    """Raises InputError where `out` exists, or cannot be made."""
+    if os.path.lexists(out):
         raise InputError(f"{out} exists already; remove it or name another --out")
+    require_folder(out.parent)
 
 
 def read_config(path: Path, model: type[TrainFile[Any]]) -> TrainFile[Any]:
@@ -254,11 +262,11 @@ def complaint(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _begin(part: Path, key: str) -> None:
-    """Makes the scratch folder, or takes up one that was left by the same training."""
-    mark = part / "key"
-    if mark.exists() and mark.read_text() != key:
+    """Makes the scratch folder, or takes up one that was left by the same training, or by one that had not begun."""
+    mark, state = part / "key", part / "state"
+    if mark.exists() and mark.read_text() != key and state.is_dir() and any(state.iterdir()):
         raise InputError(
-            f"{part} holds an interrupted training with other settings or data; remove it or name another --out"
+            f"{part} holds an interrupted training with other settings, models or data; remove it or name another --out"
         )
     shutil.rmtree(part / "out", ignore_errors=True)  # half-written results; the checkpoints in state/ are kept
     for folder in ("out", "state"):

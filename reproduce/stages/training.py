@@ -13,6 +13,7 @@ from dvpo import models
 from dvpo.config import DpoSettings, GvmSettings, PolicySettings, RewardSettings, SftSettings
 from dvpo.data.pairs import EncodedPair, Encoder, Pick, preference_picks
 from dvpo.data.records import Example, load_examples
+from dvpo.errors import InputError
 from dvpo.files import write_json
 from reproduce.launch import Devices, run_stage
 from reproduce.pipeline import Context
@@ -46,6 +47,7 @@ def sft(ctx: Context) -> dict[str, Any]:
     encoder = _encoder(ctx, settings, examples)
     picks = [Pick(i, j) for i, e in enumerate(examples) for j in _demonstrations(e, ctx.settings.get("best", False))]
     texts = [text for pick in picks if (text := encoder.text(pick)) is not None]
+    _require(texts, encoder)
     metrics = train_sft(ctx.inputs["start"], texts, settings, ctx.out, ctx.state, ctx.seed)
     return {**metrics, "texts": len(texts), "said": encoder.notes.lines()}
 
@@ -178,7 +180,16 @@ def _pairs(ctx: Context, settings: Any, trajectory_k: int = 0) -> tuple[Encoder,
     encoder = _encoder(ctx, settings, examples, trajectory_k)
     picks = preference_picks(examples, choice["per_prompt"], ctx.seed)
     random.Random(ctx.seed).shuffle(picks)
-    return encoder, encodable_pairs(encoder, picks, choice["most"])
+    pairs = encodable_pairs(encoder, picks, choice["most"])
+    _require(pairs, encoder)
+    return encoder, pairs
+
+
+def _require(found: Sequence[Any], encoder: Encoder) -> None:
+    """Raises InputError where nothing is left to train on."""
+    if not found:
+        why = "; ".join(encoder.notes.lines()) or "nothing was in it"
+        raise InputError(f"the data has no text to train on ({why}); raise the limits or give other data")
 
 
 def _tokens(pairs: list[Any]) -> int:

@@ -19,13 +19,14 @@ WRONG = "{nonsense: [1]}"
 PAIR = {"prompt": "what is the river of lunina ?", "chosen": "the nimwe .", "rejected": "the tarb ."}
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one sentence of a command that must be refused."""
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], *words: str, notes: bool = False) -> str:
+    """The one sentence of a command that must be refused, after notes on the data."""
     assert run(arguments) == 2
     captured = capsys.readouterr()
     # The library's bar is off in the command itself, which sets that before the library is there.
     lines = [line for line in captured.err.splitlines() if line.strip() and not line.startswith("Loading weights")]
     assert captured.out == ""
+    lines = lines[-1:] if notes else lines
     assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
     assert "Traceback" not in captured.err and len(lines[0]) < 600
     for word in words:
@@ -199,6 +200,10 @@ TRAIN: dict[str, str] = {
     "no batch size": "start: S\ndata: D\nsettings: {learning_rate: 1.0e-3}",
     "a reward model that is not read": "start: S\ndata: D\nreward_model: S\nsettings: S1",
     "the seed is text": "start: S\ndata: D\nseed: one\nsettings: S1",
+    "a seed below zero": "start: S\ndata: D\nseed: -1\nsettings: S1",
+    "a seed too large": "start: S\ndata: D\nseed: 99999999999999999999999\nsettings: S1",
+    "prompts over the limit": "start: S\ndata: D\nsettings: {learning_rate: 0.1, batch_size: 2, max_prompt_tokens: 1}",
+    "data without a name": "start: S\ndata: ''\nsettings: S1",
     "no pairs": "start: S\ndata: D\npairs: {most: 0}\nsettings: S1",
     "no such split": "start: S\ndata: D\nsplit: moon\nsettings: S1",
 }  # fmt: skip
@@ -213,7 +218,8 @@ def test_a_wrong_configuration_of_a_training_is_named(name, capsys, tmp_path) ->
     text = text.replace(": S\n", f": {SFT}\n").replace(": D\n", f": {folder}\n")
     config = tmp_path / "config.yaml"
     config.write_text(text)
-    refused(["train", "gvm", "--config", str(config), "--out", str(tmp_path / "out")], capsys)
+    notes = "over the limit" in name  # of what was read
+    refused(["train", "gvm", "--config", str(config), "--out", str(tmp_path / "out")], capsys, notes=notes)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "data"]
 
 
@@ -263,6 +269,32 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a digest that is none": (["pull", str(GVM), "--sha256", "abc"], "sha256"),
     "a check of nothing": (["verify", "/nowhere"], "/nowhere"),
 }  # fmt: skip
+
+
+PLACES = {
+    "pairwise": ["evaluate", "pairwise", "--model", str(GVM), "--data", "d.jsonl", "--out"],
+    "score": ["score", "--gvm", str(GVM), "--prompt", "a", "--response", "b", "--heatmap"],
+    "train": ["train", "gvm", "--config", "c.yaml", "--out"],
+    "reproduce": ["reproduce", "--recipe", "tiny", "--table", "6", "--out"],
+}
+"""Commands whose last argument is where the result is to stand."""
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_place_where_nothing_can_stand_is_refused_before_the_work(name, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d.jsonl").write_text(json.dumps(PAIR))
+    Path("c.yaml").write_text(f"start: {SFT}\ndata: d.jsonl\nsettings: {{learning_rate: 1.0e-3, batch_size: 2}}")
+    Path("file.html").write_text("")
+    Path("folder.html").mkdir()
+    Path("link.html").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    refused([*PLACES[name], "file.html/x.html"], capsys, "file.html")
+    if name in ("pairwise", "score"):
+        refused([*PLACES[name], "folder.html"], capsys, "folder.html")
+    else:
+        refused([*PLACES[name], "link.html"], capsys, "link.html")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", COMMANDS)

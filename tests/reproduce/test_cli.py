@@ -566,7 +566,7 @@ class TestModels:
         config.write_text(text + "seed: 1\n")
         refused_other = command("train", "sft", "--config", config, "--out", out)
         assert refused_other.code == 2
-        assert "other settings or data" in refused_other.err
+        assert "other settings, models or data" in refused_other.err
         config.write_text(text)
         assert command("train", "sft", "--config", config, "--out", out).code == 0
         assert (out / "model.safetensors").exists()
