@@ -28,15 +28,17 @@ class TestDrift:
     def test_thirds_and_changes_by_hand(self) -> None:
         found = drift("x", [log(wave(0.0, 0.4, 0.2)), log(wave(0.2, 0.6, 0.3)), log(wave(0.1, 0.5, 0.2))], 0.05)
         assert found.gold == pytest.approx([0.1, 0.5, 0.7 / 3])
-        assert found.gold_change == pytest.approx((-0.3, -0.2))  # -0.2, -0.3 and -0.3
+        half = 4.303 * 0.05774 / 3**0.5  # Student's t: the changes are -0.2, -0.3 and -0.3
+        assert found.gold_change == pytest.approx((-0.8 / 3 - half, -0.8 / 3 + half), abs=1e-4)
         assert found.reading == "visible"
 
     @pytest.mark.parametrize(
         ("last", "value", "reading"),
         [
-            ((0.5, 0.6, 0.7), wave(0, 1, 2), "absent"),  # it rises
+            ((0.6, 0.62, 0.64), wave(0, 1, 2), "absent"),  # it rises
+            ((0.5, 0.6, 0.7), wave(0, 1, 2), "cannot be told"),  # by too little for seeds so far apart
             ((0.46, 0.47, 0.48), wave(0, 1, 2), "visible"),  # it falls by little, but in every seed
-            ((0.46, 0.47, 0.52), wave(0, 1, 2), "absent"),  # a fall above the margin is ruled out
+            ((0.49, 0.495, 0.505), wave(0, 1, 2), "absent"),  # a fall above the margin is ruled out
             ((0.1, 0.1, 0.2), wave(0, 1, 0.5), "cannot be told"),  # it falls, and the value with it
             ((0.1, 0.9, 0.4), wave(0, 1, 2), "cannot be told"),  # the seeds do not agree
         ],
