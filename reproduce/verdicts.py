@@ -66,16 +66,18 @@ def tolerances() -> dict[str, Tolerance]:
 def cell(name: str, metric: str, paper: float | str, measured: float | str, ci95: Sequence[float] | None) -> str:
     """The verdict on a measured cell of the paper's own model, data and judge. `name`: "T7"; KeyError if unknown.
 
-    reproduced: equal for symbols; for numbers, within the first bound, or the paper's number is in the interval.
+    reproduced: equal for symbols; for numbers, within the first bound, or within the second with the paper's number in
+    the interval. With it in the interval and further off, the run is too small to tell: not comparable (scale).
     """
     if isinstance(paper, str) or isinstance(measured, str):
         return REPRODUCED if paper == measured else DIFFERS
     bounds = tolerances()[name].cells
     bound = bounds[metric] if metric in bounds else bounds["any"]
     off = abs(measured - paper) / (abs(paper) if bound.relative else 1.0)
-    if off <= bound.reproduced + ROUNDING or (ci95 is not None and ci95[0] <= paper <= ci95[1]):
-        return REPRODUCED
-    return WITHIN if off <= bound.within + ROUNDING else DIFFERS
+    inside = ci95 is not None and ci95[0] <= paper <= ci95[1]
+    if off <= bound.within + ROUNDING:
+        return REPRODUCED if inside or off <= bound.reproduced + ROUNDING else WITHIN
+    return OTHER_SCALE if inside else DIFFERS
 
 
 def gain(name: str, ci95: Sequence[float], seeds: int) -> str:
@@ -159,8 +161,9 @@ def _cell_words(metric: str, bound: CellBound) -> str:
 
     which = "Cells" if metric == "any" else metric
     return (
-        f"{which}: reproduced up to {amount(bound.reproduced)} off or with the paper's number in the interval, "
-        f"within tolerance up to {amount(bound.within)}. {bound.reason}"
+        f"{which}: reproduced up to {amount(bound.reproduced)} off, within tolerance up to {amount(bound.within)}, and "
+        "there reproduced too with the paper's number in the interval; further off with it in the interval, the run is "
+        f"too small to tell. {bound.reason}"
     )
 
 
