@@ -165,7 +165,8 @@ class Codec:
                     offsets.append((len(text) - len(last), len(text)))
                 held = 0
             if held == _MOST_HELD or (held and len(tokens) + held == len(ids)):  # what never becomes a character
-                rest = backend.decode(list(ids[len(tokens) : len(tokens) + held]), skip_special_tokens=False) or FRAGMENT
+                broken = list(ids[len(tokens) : len(tokens) + held])
+                rest = backend.decode(broken, skip_special_tokens=False) or FRAGMENT
                 _release(text, rest, held, tokens, offsets)
                 text += rest
                 stream, held = DecodeStream(skip_special_tokens=False), 0
