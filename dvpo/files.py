@@ -1,4 +1,4 @@
-"""Digests and atomic writes: nothing is ever seen half-written under its final name."""
+"""Digests, places for results, and atomic writes: nothing is ever seen half-written under its final name."""
 
 import hashlib
 import json
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dvpo.errors import InputError
 
 
 def sha256_file(path: Path) -> str:
@@ -31,6 +33,24 @@ def sha256_tree(path: Path) -> str:
     if path.is_file():
         return sha256_file(path)
     return sha256_json({p.relative_to(path).as_posix(): sha256_file(p) for p in list_files(path)})
+
+
+def require_place(file: Path | None) -> None:
+    """Raises InputError where no file can be written at `file`: to be asked before the work, not after it."""
+    if file is not None:
+        if file.is_dir():
+            raise InputError(f"{file}: is a folder; name a file")
+        require_folder(file.absolute().parent)
+
+
+def require_folder(folder: Path) -> None:
+    """Raises InputError where `folder` is something else, or cannot be made."""
+    there = folder
+    while not there.exists() and not there.is_symlink() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        what = "a link that leads nowhere" if there.is_symlink() else "a file"
+        raise InputError(f"{folder}: no folder can be there, for {there} is {what}; name another place")
 
 
 @contextmanager

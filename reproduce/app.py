@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.errors import InputError
-from dvpo.files import write_json, write_text
-from reproduce.commands.common import require_folder
+from dvpo.files import require_folder, write_json, write_text
 from reproduce.graph import Graph, build
 from reproduce.pipeline import Planned, Result, Source, Stage, plan
 from reproduce.provenance import code_commit, device, refuse_other_code, versions

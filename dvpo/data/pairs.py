@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dvpo.data.records import Example
 from dvpo.data.templates import Encoded, LengthNotes, encode_prompt, encode_response, limit
-from dvpo.errors import InputError
+from dvpo.errors import in_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,13 +79,11 @@ class Encoder:
 
     def _prompt(self, pick: Pick) -> list[int]:
         example = self.examples[pick.example]
-        try:
+        with in_row(example.origin):
             if self.trajectory_k:
                 return encode_prompt(self.tokenizer, example.prompt, self.trajectory(pick))
             if pick.example not in self._prompts:
                 self._prompts[pick.example] = encode_prompt(self.tokenizer, example.prompt)
-        except InputError as error:
-            raise InputError(f"{example.origin}: {error}") from error
         return self._prompts[pick.example]
 
     def trajectory(self, pick: Pick) -> list[tuple[tuple[dict[str, str], ...], str]]:

@@ -19,7 +19,7 @@ from dvpo import models
 from dvpo.data.atlas_score import Judge
 from dvpo.data.pairs import Encoder, Pick
 from dvpo.data.records import Example
-from dvpo.errors import InputError
+from dvpo.errors import InputError, in_row
 from dvpo.evaluation.intervals import mean_with_interval
 from dvpo.values import score_all
 
@@ -89,10 +89,8 @@ def evaluate_credit(
                     f"{example.origin}: response {j} has not one token per word; give a model of the built-in world"
                 )
             texts.append(text)
-            try:
+            with in_row(example.origin):
                 truths.append((judge.judge(example.prompt[-1]["content"], words).wrong_words, i))
-            except InputError as error:
-                raise InputError(f"{example.origin}: {error}") from error
     if not any(wrong for wrong, _ in truths):
         raise InputError("no chosen answer has a wrong word; take more of them")
     values = dict(score_all(model, texts, tokenizer.pad_token_id))

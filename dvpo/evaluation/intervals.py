@@ -77,8 +77,8 @@ def mean_over_seeds(
 def between_seeds(means: Sequence[float], least: Interval) -> tuple[float, Interval]:
     """The mean of the seeds' means, with the 95 % interval of Student's t over them, widened to `least`.
 
-    A bootstrap over few seeds is too narrow: of five it covers some 90 % where it says 95. Student's t knows how little
-    five numbers say of their spread; one seed says nothing of it, and `least` is all there is.
+    A bootstrap over few seeds is too narrow, for it takes their own spread for that of all seeds. Student's t knows how
+    little a few numbers say of it; one seed says nothing, and `least` is all there is.
     """
     mean, (low, high) = float(np.mean(means)), least
     if len(means) > 1:

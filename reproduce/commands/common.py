@@ -67,24 +67,6 @@ def require_checkpoint(name: str) -> str:
     raise InputError(f"{name}: {what}; give a checkpoint folder or a hub id (owner/name)")
 
 
-def require_place(file: Path | None) -> None:
-    """Raises InputError where no file can be written at `file`: to be asked before the work, not after it."""
-    if file is not None:
-        if file.is_dir():
-            raise InputError(f"{file}: is a folder; name a file")
-        require_folder(file.absolute().parent)
-
-
-def require_folder(folder: Path) -> None:
-    """Raises InputError where `folder` is something else, or cannot be made."""
-    there = folder
-    while not there.exists() and not there.is_symlink() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        what = "a link that leads nowhere" if there.is_symlink() else "a file"
-        raise InputError(f"{folder}: no folder can be there, for {there} is {what}; name another place")
-
-
 class Progress:
     """The `Report` of a run, on standard error: one updating line on a terminal, else a line per finished stage."""
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.errors import InputError
-from dvpo.files import write_json
-from reproduce.commands.common import print_json, require_checkpoint, require_place, table_text
+from dvpo.files import require_place, write_json
+from reproduce.commands.common import print_json, require_checkpoint, table_text
 
 
 def pairwise(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dvpo.errors import InputError
-from dvpo.files import write_json
-from reproduce.commands.common import print_json, require_folder, require_place, say, table_text
+from dvpo.files import require_folder, require_place, write_json
+from reproduce.commands.common import print_json, say, table_text
 
 if TYPE_CHECKING:
     from dvpo.evaluation.answers import Answers

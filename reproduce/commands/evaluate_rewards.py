@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dvpo.files import write_json
+from dvpo.files import require_place, write_json
 from reproduce.commands import evaluate_judged as judged
-from reproduce.commands.common import print_json, require_checkpoint, require_place, table_text
+from reproduce.commands.common import print_json, require_checkpoint, table_text
 
 
 def rewardbench(model: str, data: str, *, split: str | None, out: Path | None, as_json: bool) -> None:

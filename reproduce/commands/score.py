@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvpo.errors import InputError, StageError
+from dvpo.errors import InputError, StageError, in_row
+from dvpo.files import require_place
 from reproduce.bundles.adapters import on_base
-from reproduce.commands.common import print_json, require_checkpoint, require_place, table_text
+from reproduce.commands.common import print_json, require_checkpoint, table_text
 
 if TYPE_CHECKING:
     from dvpo.data.records import Message
@@ -78,10 +79,8 @@ def score(gvm: str, requests: Sequence[Request], aggregates: Sequence[str] = ())
     tokenizer: Any = models.load_tokenizer(gvm)
     texts = []
     for request in requests:
-        try:
+        with in_row(request.origin):
             texts.append(encode(tokenizer, request.prompt, request.response))
-        except InputError as error:
-            raise InputError(f"{request.origin}: {error}") from error
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for request, text in zip(requests, texts, strict=True):
         length = len(text.prompt_ids) + len(text.response_ids)

@@ -23,8 +23,8 @@ from dvpo.config import DpoSettings, GvmSettings, PolicySettings, RewardSettings
 from dvpo.data.formats import read
 from dvpo.data.records import Example, dump_examples
 from dvpo.errors import InputError, StageError
-from dvpo.files import sha256_json, sha256_tree, write_json
-from reproduce.commands.common import require_checkpoint, require_folder, say
+from dvpo.files import require_folder, sha256_json, sha256_tree, write_json
+from reproduce.commands.common import require_checkpoint, say
 from reproduce.launch import STRATEGIES, Devices, run_stage
 from reproduce.pipeline import Context, locked
 from reproduce.provenance import code_commit, device, versions

@@ -136,6 +136,19 @@ def test_value_models_are_those_of_the_run(
     assert row(start).endswith(f"| {100 * lowest:.0f} |")
 
 
+@pytest.mark.parametrize("other", ["PPO", "GRPO", "ReMax"])
+def test_differences_between_policies_are_those_of_the_run(other: str) -> None:
+    gains = [ours - its for ours, its in zip(gold_scores("DVPO (GAE)"), gold_scores(other), strict=True)]
+    assert measured("tiny/results/table_1.json", f"DVPO (GAE) − {other}", "match", 3, gains) in README
+
+
+def test_the_lowest_step_beside_the_critics_is_that_of_the_run() -> None:
+    found = ([100 * seed["lowest_hit"] for seed in metrics("tiny", f"credit/{s}", 5)] for s in ("gvm", "critic"))
+    differences = [ours - its for ours, its in zip(*found, strict=True)]
+    mean, (low, high) = between_seeds(differences, (np.mean(differences), np.mean(differences)))
+    assert f"{mean:.1f} points less [{low:.1f}, {high:.1f}]" in README
+
+
 def test_real_text_is_that_of_the_run() -> None:
     for start, method, stage, how in (
         ("GVM from", "GVM", "gvm", "mean"),
