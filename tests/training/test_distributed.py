@@ -179,7 +179,8 @@ def test_the_state_of_an_optimizer_that_has_not_stepped_is_taken_up() -> None:
 
 
 def run(*command: str | Path, **more: str) -> "subprocess.CompletedProcess[str]":
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **more}
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables |= {"CUDA_VISIBLE_DEVICES": "", **more}  # there may be fewer GPUs than processes
     return subprocess.run(
         [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, env=variables, timeout=600
     )

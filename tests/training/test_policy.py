@@ -234,7 +234,7 @@ def test_the_reference_of_an_adapter_is_the_adapter_switched_off(make, starts, t
     loaded = models.load(tmp_path / "out", "policy").eval()
     with torch.no_grad():
         batch = collate(rollouts[-1].texts, 0)
-        ours, theirs = (response_logprobs(m, batch, 1.0) for m in (trainer.policy.eval(), loaded))
+        ours, theirs = (response_logprobs(m, batch, 1.0) for m in (trainer.policy.eval().cpu(), loaded))
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 

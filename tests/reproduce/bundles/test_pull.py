@@ -120,7 +120,8 @@ class TestPull:
         assert dvpo("pull", web.url, "--out", tmp_path / "out").code == 0
         assert sha256_tree(tmp_path / "out") == sha256_tree(made)
 
-    def test_two_at_once(self, made: Path, tmp_path: Path, web: Web) -> None:
+    def test_two_at_once(self, made: Path, tmp_path: Path, web: Web, monkeypatch: Any) -> None:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         with ThreadPoolExecutor(2) as pool:
             both = [pool.submit(pull, web.url, tmp_path / "out") for _ in range(2)]
         assert [done.result()[0] for done in both] == [tmp_path / "out"] * 2
