@@ -247,6 +247,23 @@ def head(model: Any) -> Any:
     return getattr(model, head_name(model))
 
 
+def most_tokens(model: Any) -> int | None:
+    """The longest text that the model has positions for; None where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_reads(model: Any, tokens: int, limits: str) -> None:
+    """Raises InputError where a text of so many tokens is longer than the model reads.
+
+    Args:
+        limits: the settings that would shorten it.
+    """
+    most = most_tokens(model)
+    if most is not None and tokens > most:
+        name = getattr(model.config, "_name_or_path", "") or "the model"
+        raise InputError(f"{name} reads at most {most} tokens, but the longest text has {tokens}; lower {limits}")
+
+
 def disable_dropout(model: Any) -> None:
     """Sets every dropout probability to 0, so that training and scoring read the same values."""
     for module in model.modules():
@@ -292,7 +309,7 @@ def _load_merged(folder: str | Path, role: Role | None, dtype: torch.dtype) -> A
     except InputError as error:
         raise InputError(
             f"{folder} is an adapter, and its base model cannot be had ({error}); give the folder that holds it with "
-            "--base to score, serve or verify, or write it into the adapter_config.json of a copy of yours"
+            "--base to score, serve, evaluate or verify, or write it into the adapter_config.json of a copy of yours"
         ) from error
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 

@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ import dvpo
 from dvpo.errors import InputError, StageError
 from reproduce.cli_bench import bench_app
 from reproduce.cli_evaluate import evaluate_app
-from reproduce.cli_options import SETTINGS, Json
+from reproduce.cli_options import SETTINGS, Base, Json, number
 
 app = typer.Typer(
     help="Decoupled Value Policy Optimization: reproduce the paper, train and use value models.", **SETTINGS
@@ -25,6 +25,7 @@ app.add_typer(bench_app, name="bench")
 
 def main() -> None:
     """Entry point of the installed command."""
+    _prepare_output()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -63,6 +64,16 @@ def _complain(message: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     print("error:", " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def _prepare_output() -> None:
+    """What an output cannot show is escaped; a closed one (`>&-`) would be the number of the next file opened."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 for as long as the process lives
+        else:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _drop_output() -> None:
@@ -196,7 +207,7 @@ def score(
         ),
     ] = None,
     heatmap: Annotated[Path | None, typer.Option(metavar="FILE.html|.png", help="Draw the token values.")] = None,
-    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model of an adapter.")] = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Score responses: every token's value, before and after it."""
@@ -216,13 +227,14 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="8xa100-80gb by default; for tiny and small 2-core-cpu.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="So many of the cluster's devices.")] = None,
-    memory: Annotated[float | None, typer.Option(metavar="GB", help="Another memory of each device, in GiB.")] = None,
+    memory: Annotated[float | None, number(metavar="GB", help="Another memory of each device, in GiB.")] = None,
     zero: Annotated[int | None, typer.Option(metavar="STAGE", min=0, max=3, help="Only this stage of ZeRO.")] = None,
     response_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="A typical response, for the times; else the limit.")
     ] = None,
     vllm_share: Annotated[
-        float, typer.Option(metavar="SHARE", min=0, max=0.95, help="Generate with a vLLM that takes this of a device.")
+        float,
+        number(metavar="SHARE", min=0, max=0.95, help="Generate with a vLLM that takes this of a device."),
     ] = 0.0,
     as_json: Json = False,
 ) -> None:
@@ -264,7 +276,7 @@ def pull(
     name: Annotated[str, typer.Argument(metavar="NAME|URL|DIR|FILE.tar|OWNER/NAME@REV", help="What to fetch.")],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder; by default checkpoints/NAME.")] = None,
     sha256: Annotated[str | None, typer.Option(metavar="DIGEST", help="The digest that it must have.")] = None,
-    max_gb: Annotated[float, typer.Option(min=0, help="Refuse a larger bundle.")] = 20,
+    max_gb: Annotated[float, number(min=0, help="Refuse a larger bundle.")] = 20,
     public_key: Annotated[Path | None, typer.Option(metavar="KEY.pub", help="It must be signed with this.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -285,7 +297,7 @@ def verify(
         list[Path] | None,
         typer.Option(metavar="PATH", help="Evaluation data that is not in the bundle; may be repeated."),
     ] = None,
-    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model of an adapter.")] = None,
+    base: Base = None,
     public_key: Annotated[Path | None, typer.Option(metavar="KEY.pub", help="It must be signed with this.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -303,7 +315,7 @@ def serve(
     gvm: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A value model; the small released one by default.")
     ] = None,
-    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model of an adapter.")] = None,
+    base: Base = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="transformers or vllm.")] = "transformers",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32 or bfloat16.")] = "float32",
     exact: Annotated[
@@ -325,7 +337,8 @@ def serve(
     max_batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens computed in one batch.")] = 4096,
     max_queue_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that may wait.")] = 262_144,
     max_batch_seconds: Annotated[
-        float, typer.Option(metavar="S", min=1, help="A batch that takes longer means that the backend hangs.")
+        float,
+        number(metavar="S", min=1, help="A batch that takes longer means that the backend hangs."),
     ] = 300.0,
     max_body_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Of one request.")] = 16,
     max_items: Annotated[int, typer.Option(metavar="N", min=1, help="Texts in one request.")] = 1024,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from reproduce.cli_options import SETTINGS, Json
+from reproduce.cli_options import SETTINGS, Base, Json, number
 
 evaluate_app = typer.Typer(help="Measure a model.", **SETTINGS)
 
@@ -31,12 +31,12 @@ JudgePromptFile = Annotated[
 JudgeMaxTokens = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Of a judgment; the protocol's number by default.")
 ]
-Rpm = Annotated[float | None, typer.Option(metavar="N", min=0.001, help="At most so many requests a minute.")]
+Rpm = Annotated[float | None, number(metavar="N", min=0.001, help="At most so many requests a minute.")]
 Concurrency = Annotated[int, typer.Option(metavar="N", min=1, help="Requests at a time.")]
-Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="What one attempt may take.")]
+Timeout = Annotated[float, number(metavar="SECONDS", min=0.1, help="What one attempt may take.")]
 Retries = Annotated[int, typer.Option(metavar="N", min=0, help="Attempts after one that failed.")]
-PriceIn = Annotated[float, typer.Option(metavar="X", min=0, help="Price of a million tokens that the judge reads.")]
-PriceOut = Annotated[float, typer.Option(metavar="X", min=0, help="Price of a million tokens that it writes.")]
+PriceIn = Annotated[float, number(metavar="X", min=0, help="Price of a million tokens that the judge reads.")]
+PriceOut = Annotated[float, number(metavar="X", min=0, help="Price of a million tokens that it writes.")]
 ArchiveFolder = Annotated[
     Path, typer.Option(metavar="DIR", help="Keeps every answer and judgment; what is there is not asked again.")
 ]
@@ -70,6 +70,7 @@ def pairwise(
     ] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     seed: Annotated[int, typer.Option(help="Of all samples.")] = 0,
+    base: Base = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the result there too.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -90,6 +91,7 @@ def pairwise(
         trajectory_k=trajectory_k,
         bf16=bf16,
         seed=seed,
+        base=base,
         out=out,
         as_json=as_json,
     )
@@ -207,7 +209,7 @@ def win_rate(
         bool,
         typer.Option("--together", help="Show both answers in one request, in both orders; the paper's shows one."),
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the answers; 0 takes the likeliest token.")] = 0,
+    temperature: Annotated[float, number(min=0, help="Of the answers; 0 takes the likeliest token.")] = 0,
     judge_url: JudgeUrl = None,
     judge_prompt: JudgePromptFile = None,
     judge_max_tokens: JudgeMaxTokens = None,
@@ -247,7 +249,7 @@ def alpaca_eval(
             metavar="FILE|HUB_ID@REV", help="df_gamed.csv of tatsu-lab/alpaca_eval, for the length-controlled win rate."
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the answers; 0 takes the likeliest token.")] = 0.7,
+    temperature: Annotated[float, number(min=0, help="Of the answers; 0 takes the likeliest token.")] = 0.7,
     judge_url: JudgeUrl = None,
     judge_prompt: JudgePromptFile = None,
     judge_max_tokens: JudgeMaxTokens = None,
@@ -284,10 +286,11 @@ def rewardbench(
     model: Annotated[str, typer.Option(metavar="DIR", help="A value model or scalar reward model.")],
     data: Annotated[str, typer.Option(metavar="PATH|HUB_ID@REV", help="RewardBench, or some of its subsets.")],
     split: Annotated[str | None, typer.Option(metavar="NAME", help="One split of the data.")] = None,
+    base: Base = None,
     out: OutFile = None,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy on RewardBench's subsets and sections, under every aggregate. A tie is a loss."""
     from reproduce.commands import evaluate_rewards
 
-    evaluate_rewards.rewardbench(model, data, split=split, out=out, as_json=as_json)
+    evaluate_rewards.rewardbench(model, data, split=split, base=base, out=out, as_json=as_json)

@@ -137,10 +137,11 @@ class AnswersOfPolicy:
 
     def _generate(self, asked: Sequence[dict[str, Any]], temperature: float) -> list[dict[str, Any]]:
         from dvpo.data.templates import encode_prompt
+        from dvpo.models import most_tokens
         from dvpo.rollout.transformers import TransformersEngine
 
         model, tokenizer = self._load()
-        longest = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - self.max_new_tokens
+        longest = (most_tokens(model) or 1 << 30) - self.max_new_tokens
         prompts = {Archive.key(a): encode_prompt(tokenizer, a["messages"]) for a in asked}
         fitting = {key: ids for key, ids in prompts.items() if len(ids) <= longest}
         engine = TransformersEngine(model, tokenizer, self.max_new_tokens, temperature or 1.0)

@@ -204,7 +204,7 @@ def evaluate_rewardbench(folder: str | Path, pairs: Sequence[Pair], bf16: bool =
     if torch.cuda.is_available():
         model.to("cuda")
     tokenizer = models.load_tokenizer(folder)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = models.most_tokens(model)
     fitting, texts, too_long = [], [], []
     for pair in pairs:
         prompt = [{"role": "user", "content": pair.prompt}]

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def argument_values(settings: TrainSettings, state: Path, seed: int) -> dict[str
         "seed": seed,
         "data_seed": seed,
     }
+
+
+def require_reads(model: Any, lengths: Iterable[int]) -> None:
+    """Raises InputError where a training text is longer than the model reads."""
+    models.require_reads(model, max(lengths, default=0), "max_prompt_tokens or max_response_tokens")
 
 
 class WholeCheckpoints:

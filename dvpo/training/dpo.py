@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 from dvpo import models
 from dvpo.config import DpoSettings
 from dvpo.data.pairs import EncodedPair
-from dvpo.training.common import WholeCheckpoints, argument_values, train
+from dvpo.training.common import WholeCheckpoints, argument_values, require_reads, train
 
 
 class TokenDPOTrainer(WholeCheckpoints, DPOTrainer):
@@ -36,6 +36,7 @@ def train_dpo(
         {"prompt_ids": p.better.prompt_ids, "chosen_ids": p.better.response_ids, "rejected_ids": p.worse.response_ids}
         for p in pairs
     ]
+    require_reads(model, (len(t.prompt_ids) + len(t.response_ids) for p in pairs for t in (p.better, p.worse)))
     trainer = TokenDPOTrainer(
         model=model,
         ref_model=None if settings.lora else models.load(start, "policy"),

@@ -15,7 +15,7 @@ from dvpo.config import GvmSettings
 from dvpo.data.templates import Encoded
 from dvpo.objectives.td import td_lambda_targets, value_model_loss
 from dvpo.packed_values import PackedBatch, can_train_packed, collate_packed, packed_token_values
-from dvpo.training.common import ListDataset, WholeCheckpoints, argument_values, train
+from dvpo.training.common import ListDataset, WholeCheckpoints, argument_values, require_reads, train
 from dvpo.values import ValueBatch, collate, token_values
 
 _WORTH_PACKING = 128
@@ -66,6 +66,7 @@ def train_gvm(
     torch.manual_seed(seed)
     model = models.load(start, "value", lora=settings.lora, fresh_head=True)
     tokenizer = models.load_tokenizer(start)
+    require_reads(model, map(_length, texts))
     packed = sum(map(_length, texts)) >= _WORTH_PACKING * len(texts) and can_train_packed(model)
 
     def batch_of(items: Sequence[ValueText]) -> dict[str, Tensor]:

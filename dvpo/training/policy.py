@@ -101,6 +101,10 @@ class OnlineTrainer:
         self.kl = AdaptiveKL(settings.kl.beta, settings.kl.target, settings.kl.horizon)
         self.engine = make_engine(settings, self.policy, self.tokenizer, start)
         self.prompts = self._encode(prompts)
+        longest = max(len(ids) for _, ids in self.prompts) + settings.max_new_tokens
+        for model in filter(None, (self.policy, self.value, self.reward)):
+            if not isinstance(model, RemoteValues):
+                models.require_reads(model, longest, "max_prompt_tokens or max_new_tokens")
         self.update = 0
         self.log: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {"generate": 0.0, "judge": 0.0, "learn": 0.0}

@@ -11,7 +11,7 @@ from trl import RewardConfig, RewardTrainer
 from dvpo import models
 from dvpo.config import RewardSettings
 from dvpo.data.pairs import EncodedPair
-from dvpo.training.common import WholeCheckpoints, argument_values, train
+from dvpo.training.common import WholeCheckpoints, argument_values, require_reads, train
 
 
 class WholeRewardTrainer(WholeCheckpoints, RewardTrainer):
@@ -36,6 +36,7 @@ def train_reward(
         }
         for p in pairs
     ]
+    require_reads(model, (len(ids) for row in rows for ids in row.values()))
     trainer = WholeRewardTrainer(
         model=model,
         # The padding token must not be EOS: the library's pooling would then read the token before it.

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from dvpo import models
 from dvpo.config import SftSettings
 from dvpo.data.templates import Encoded
-from dvpo.training.common import WholeCheckpoints, argument_values, train
+from dvpo.training.common import WholeCheckpoints, argument_values, require_reads, train
 
 
 class WholeSFTTrainer(WholeCheckpoints, SFTTrainer):
@@ -36,6 +36,7 @@ def train_sft(
         }
         for t in texts
     ]
+    require_reads(model, (len(row["input_ids"]) for row in rows))
     trainer = WholeSFTTrainer(
         model=model,
         args=SFTConfig(

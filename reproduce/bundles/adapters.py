@@ -2,12 +2,28 @@
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dvpo.errors import InputError
 from dvpo.files import write_json
 
 ADAPTER = "adapter_config.json"
+
+
+@contextmanager
+def laid_on(folder: str | Path, base: Path | None) -> Iterator[str | Path]:
+    """The model in `folder`, as long as this is open; an adapter laid on the folder `base` where one is named.
+
+    Raises InputError as `on_base` does.
+    """
+    if base is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="dvpo-") as scratch:
+        yield on_base(Path(folder), base, Path(scratch))
 
 
 def on_base(folder: Path, base: Path, scratch: Path) -> Path:

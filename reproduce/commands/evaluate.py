@@ -6,6 +6,7 @@ from typing import Any
 
 from dvpo.errors import InputError
 from dvpo.files import require_place, write_json
+from reproduce.bundles.adapters import laid_on
 from reproduce.commands.common import print_json, require_checkpoint, table_text
 
 
@@ -21,6 +22,7 @@ def pairwise(
     trajectory_k: int,
     bf16: bool,
     seed: int,
+    base: Path | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -32,17 +34,18 @@ def pairwise(
     dataset = read(data, split=split)
     from dvpo.evaluation.pairwise import evaluate_pairwise
 
-    found = evaluate_pairwise(
-        model,
-        dataset.examples,
-        max_prompt_tokens=max_prompt_tokens,
-        max_response_tokens=max_response_tokens,
-        per_prompt=per_prompt,
-        most=most,
-        trajectory_k=trajectory_k,
-        seed=seed,
-        bf16=bf16,
-    )
+    with laid_on(model, base) as folder:
+        found = evaluate_pairwise(
+            folder,
+            dataset.examples,
+            max_prompt_tokens=max_prompt_tokens,
+            max_response_tokens=max_response_tokens,
+            per_prompt=per_prompt,
+            most=most,
+            trajectory_k=trajectory_k,
+            seed=seed,
+            bf16=bf16,
+        )
     document: dict[str, Any] = {
         "model": model,
         "data": data,

@@ -5,18 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from dvpo.files import require_place, write_json
+from reproduce.bundles.adapters import laid_on
 from reproduce.commands import evaluate_judged as judged
 from reproduce.commands.common import print_json, require_checkpoint, table_text
 
 
-def rewardbench(model: str, data: str, *, split: str | None, out: Path | None, as_json: bool) -> None:
+def rewardbench(
+    model: str, data: str, *, split: str | None, base: Path | None, out: Path | None, as_json: bool
+) -> None:
     """RewardBench, or the parts of it that the data has, of a value model or scalar reward model."""
     require_place(out)
     require_checkpoint(model)
     from dvpo.evaluation.rewardbench import evaluate_rewardbench, read_pairs
 
     read = read_pairs(data, split)
-    found = evaluate_rewardbench(model, read.pairs)
+    with laid_on(model, base) as folder:
+        found = evaluate_rewardbench(folder, read.pairs)
     document: dict[str, Any] = {
         "model": model,
         "data": data,

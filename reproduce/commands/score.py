@@ -1,7 +1,6 @@
 """`dvpo score`: a value model's token values of given responses, and the response scores read from them."""
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvpo.errors import InputError, StageError, in_row
 from dvpo.files import require_place
-from reproduce.bundles.adapters import on_base
+from reproduce.bundles.adapters import laid_on
 from reproduce.commands.common import print_json, require_checkpoint, table_text
 
 if TYPE_CHECKING:
@@ -40,9 +39,8 @@ def run(
         raise InputError(f"{heatmap}: a heat map is a .html or .png file; name one that ends so")
     require_place(heatmap)
     require_checkpoint(gvm)
-    with tempfile.TemporaryDirectory(prefix="dvpo-") as scratch:
-        folder = gvm if base is None else str(on_base(Path(gvm), base, Path(scratch)))
-        items = score(folder, requests, aggregates)
+    with laid_on(gvm, base) as folder:
+        items = score(str(folder), requests, aggregates)
     if heatmap is not None:
         from reproduce.token_picture import Scored, write
 
@@ -81,7 +79,7 @@ def score(gvm: str, requests: Sequence[Request], aggregates: Sequence[str] = ())
     for request in requests:
         with in_row(request.origin):
             texts.append(encode(tokenizer, request.prompt, request.response))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = models.most_tokens(model)
     for request, text in zip(requests, texts, strict=True):
         length = len(text.prompt_ids) + len(text.response_ids)
         if limit is not None and length > limit:

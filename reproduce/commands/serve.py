@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import socket
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import dvpo
 from dvpo.errors import InputError, StageError
-from reproduce.bundles.adapters import on_base
+from reproduce.bundles.adapters import laid_on
 
 if TYPE_CHECKING:
     from server.backends import Backend
@@ -62,10 +61,8 @@ def run(request: Request) -> None:
     _one_of("--reward", request.reward, AGGREGATES)
     folder = _folder(request.gvm)
     keys = _keys(request)
-    with tempfile.TemporaryDirectory(prefix="dvpo-") as scratch, _listen(request.host, request.port) as listener:
-        if request.base is not None:
-            folder = on_base(folder, request.base, Path(scratch))
-        _serve(request, folder, keys, listener)
+    with _listen(request.host, request.port) as listener, laid_on(folder, request.base) as model:
+        _serve(request, Path(model), keys, listener)
 
 
 def _serve(request: Request, folder: Path, keys: tuple[str, ...], listener: socket.socket) -> None:

@@ -166,6 +166,24 @@ class TestLight:
         refused(dvpo_command("rain"), "No such command")
         refused(dvpo_command("doctor", "extra"), "extra")
 
+    def test_closed_outputs_are_no_error(self) -> None:
+        command = f"{sys.executable} -m reproduce.cli"
+        for line, code in (("plan --recipe llama3-8b-base >&-", 0), ("plan --recipe nowhere >&- 2>&-", 2)):
+            done = subprocess.run(["sh", "-c", f"{command} {line}"], capture_output=True, text=True)
+            assert (done.returncode, done.stdout, done.stderr) == (code, "", ""), done
+
+    def test_what_a_terminal_cannot_show_is_escaped(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        data = write_rows(tmp_path / "gr\u00fcn.jsonl", {"prompt": PROMPT, "response": RESPONSE})
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "ascii"}
+        command = [sys.executable, "-m", "reproduce.cli", "score", "--gvm", folders["value"], "--input", data]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert (done.returncode, "gr\\xfcn.jsonl" in done.stdout) == (0, True), done
+
+    @pytest.mark.parametrize("number", ["inf", "-inf", "nan"])
+    def test_a_number_is_finite(self, command: Any, number: str) -> None:
+        asked = ("evaluate", "mt-bench", "--model", "m", "--benchmark-data", "b", "--judge-model", "j")
+        refused(command(*asked, f"--price-in={number}"), "--price-in")
+
     def test_a_closed_pipe_is_no_error(self) -> None:
         read, write = os.pipe()
         os.close(read)

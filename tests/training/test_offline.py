@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -395,3 +396,22 @@ def test_muon_steps_as_torchs_own_but_for_its_bfloat16() -> None:
         b.step()
     moved = max((p - q).abs().max() for p, q in zip(ours, theirs, strict=True))
     assert moved < 0.002  # four steps of 0.01 to 0.014 at most, in 8 bits of mantissa
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["gvm", "rm", "sft", "dpo"])
+def test_a_text_longer_than_the_model_reads_is_refused(checkpoints, texts, tmp_path, arch: str, kind: str) -> None:
+    start, out, state = checkpoints[arch, "policy"], tmp_path / "out", tmp_path / "state"
+    fits, long = Encoded(texts[0].prompt_ids, [5] * 9), Encoded([5] * 200, [6] * 57)
+    both = [EncodedPair(fits, fits, 0), EncodedPair(fits, long, 1)]
+    few = {"learning_rate": 1e-3, "batch_size": 2, "max_steps": 1}
+    train: dict[str, tuple[Any, Any, Any]] = {
+        "gvm": (train_gvm, [ValueText(fits, 1.0), ValueText(long, -1.0)], GvmSettings(**few)),
+        "rm": (train_reward, both, RewardSettings(**few)),
+        "sft": (train_sft, [fits, long], SftSettings(**few)),
+        "dpo": (train_dpo, both, DpoSettings(**few)),
+    }
+    run, data, settings = train[kind]
+    with pytest.raises(InputError, match="reads at most 256 tokens, but the longest text has 257; lower max_prompt"):
+        run(start, data, settings, out, state, 0)
+    assert not out.exists()

@@ -238,6 +238,13 @@ def test_the_reference_of_an_adapter_is_the_adapter_switched_off(make, starts, t
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_answers_longer_than_a_model_reads_are_refused(make) -> None:
+    longest = max(len(ids) for _, ids in make(settings()).prompts)
+    make(settings(max_new_tokens=256 - longest))
+    with pytest.raises(InputError, match=r"reads at most 256 .* text has 257; lower max_prompt_tokens or max_new_tok"):
+        make(settings(max_new_tokens=257 - longest))
+
+
 @pytest.mark.parametrize(("algorithm", "role"), [("gae", "value"), ("ppo", "reward"), ("grpo", "reward")])
 def test_frozen_models_that_do_not_fit_are_refused(starts, checkpoints, prompts, tmp_path, algorithm, role) -> None:
     s, start = settings(algorithm), starts["llama"]

@@ -104,6 +104,13 @@ class TestAdapter:
         assert again.code == 0, again
         scored = dvpo("score", "--gvm", out, "--base", base, "--prompt", "a", "--response", "b", "--json")
         assert (scored.code, len(json.loads(scored.out)["items"])) == (0, 1)
+        pairs = tmp_path / "pairs.jsonl"
+        pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+        judged = dvpo("evaluate", "pairwise", "--model", out, "--base", base, "--data", pairs, "--json")
+        assert (judged.code, json.loads(judged.out)["pairs"]) == (0, 1)
+        pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c", "subset": "llmbar-natural"}) + "\n")
+        benched = dvpo("evaluate", "rewardbench", "--model", out, "--base", base, "--data", pairs, "--json")
+        assert (benched.code, json.loads(benched.out)["pairs"]) == (0, 1)
         whole = dvpo("score", "--gvm", base, "--base", base, "--prompt", "a", "--response", "b")
         assert (whole.code, "leave --base out" in whole.err) == (2, True)
         flip(base / "model.safetensors", -5)
