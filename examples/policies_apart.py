@@ -12,7 +12,7 @@ import argparse
 import random
 from pathlib import Path
 
-from dvpo.data.formats import read
+from dvpo.data.formats import prompt_key, read
 from dvpo.data.records import Example, Response, dump_examples
 from dvpo.errors import InputError
 
@@ -29,11 +29,14 @@ def split(data: str, out: str, seed: int = 0) -> None:
     rng.shuffle(names)
     rng.shuffle(examples)
     seen = set(names[: len(names) * 3 // 4])
-    cut = len(examples) * 3 // 4
+    prompts = list(dict.fromkeys(prompt_key(e.prompt) for e in examples))  # one may stand in many rows
+    trained = set(prompts[: len(prompts) * 3 // 4])
+    train = [e for e in examples if prompt_key(e.prompt) in trained]
+    unseen = [e for e in examples if prompt_key(e.prompt) not in trained]
     parts = {
-        "train": [_ranked(e, seen) for e in examples[:cut]],
-        "unseen_prompts": [_ranked(e, seen) for e in examples[cut:]],
-        "unseen_policies": [_ranked(e, set(names) - seen) for e in examples[cut:]],
+        "train": [_ranked(e, seen) for e in train],
+        "unseen_prompts": [_ranked(e, seen) for e in unseen],
+        "unseen_policies": [_ranked(e, set(names) - seen) for e in unseen],
     }
     Path(out).mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():

@@ -356,7 +356,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _policy(row: dict[str, Any], *names: str) -> str | None:
-    return next((_text(row[name], name) for name in names if name in row), None)
+    return next((_text(row[name], name) for name in names if name in row), None) or None
 
 
 def _score(row: dict[str, Any], *names: str) -> float | None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dvpo.data.records import Example
+from dvpo.data.splits import prompt_key
 from dvpo.data.templates import Encoded, LengthNotes, encode_prompt, encode_response, limit
-from dvpo.errors import in_row
+from dvpo.errors import InputError, in_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,18 +32,26 @@ class Pick:
     response: int
 
 
+def prompt_numbers(examples: Sequence[Example]) -> list[int]:
+    """The prompt of every example as a number, that of its first example: a prompt may stand in many rows."""
+    first: dict[str, int] = {}
+    return [first.setdefault(prompt_key(example.prompt), i) for i, example in enumerate(examples)]
+
+
 def preference_picks(
     examples: Sequence[Example], max_pairs_per_prompt: int | None, seed: int
 ) -> list[tuple[Pick, Pick]]:
-    """(better, worse) of every preference, at most so many per prompt (a seeded sample)."""
+    """(better, worse) of every preference, at most so many per prompt (a seeded sample), in the examples' order."""
+    by_prompt: dict[int, list[tuple[Pick, Pick]]] = defaultdict(list)
+    for i, number in enumerate(prompt_numbers(examples)):
+        by_prompt[number] += [(Pick(i, better), Pick(i, worse)) for better, worse in examples[i].preferences]
     rng = random.Random(seed)
-    pairs = []
-    for i, example in enumerate(examples):
-        preferences = list(example.preferences)
-        if max_pairs_per_prompt is not None and len(preferences) > max_pairs_per_prompt:
-            preferences = rng.sample(preferences, max_pairs_per_prompt)
-        pairs += [(Pick(i, better), Pick(i, worse)) for better, worse in preferences]
-    return pairs
+    chosen = []
+    for pairs in by_prompt.values():
+        if max_pairs_per_prompt is not None and len(pairs) > max_pairs_per_prompt:
+            pairs = rng.sample(pairs, max_pairs_per_prompt)
+        chosen += pairs
+    return sorted(chosen, key=lambda pair: pair[0].example)
 
 
 @dataclass
@@ -63,6 +72,7 @@ class Encoder:
         self.notes = LengthNotes()
         self._texts: dict[Pick, Encoded | None] = {}
         self._prompts: dict[int, list[int]] = {}
+        self.prompt_numbers = prompt_numbers(self.examples)
         self._by_policy: dict[str, list[Pick]] = defaultdict(list)
         for i, example in enumerate(self.examples):
             for j, response in enumerate(example.responses):
@@ -81,20 +91,24 @@ class Encoder:
         example = self.examples[pick.example]
         with in_row(example.origin):
             if self.trajectory_k:
-                return encode_prompt(self.tokenizer, example.prompt, self.trajectory(pick))
+                trajectory = self.trajectory(pick)
+                self.notes.short_trajectories += len(trajectory) < self.trajectory_k
+                self.notes.without_trajectory += not trajectory
+                return encode_prompt(self.tokenizer, example.prompt, trajectory)
             if pick.example not in self._prompts:
                 self._prompts[pick.example] = encode_prompt(self.tokenizer, example.prompt)
         return self._prompts[pick.example]
 
     def trajectory(self, pick: Pick) -> list[tuple[tuple[dict[str, str], ...], str]]:
-        """tau: up to k other question-answer pairs of the same policy, drawn by the pick itself.
+        """tau: up to k question-answer pairs of the same policy, to other prompts, drawn by the pick itself.
 
-        Empty for a response whose policy is unknown or that has no other answer in the data.
+        Empty for a response whose policy is unknown or has answered no other prompt.
         """
         policy = self.examples[pick.example].responses[pick.response].policy
         if not self.trajectory_k or policy is None:
             return []
-        others = [p for p in self._by_policy[policy] if p.example != pick.example]
+        own = self.prompt_numbers[pick.example]
+        others = [p for p in self._by_policy[policy] if self.prompt_numbers[p.example] != own]
         rng = random.Random(f"{self.seed} {pick.example} {pick.response}")
         chosen = rng.sample(others, min(self.trajectory_k, len(others)))
         return [(self.examples[p.example].prompt, self.examples[p.example].responses[p.response].text) for p in chosen]
@@ -104,4 +118,12 @@ class Encoder:
         for better, worse in picks:
             encoded = self.text(better), self.text(worse)
             if encoded[0] is not None and encoded[1] is not None:
-                yield EncodedPair(encoded[0], encoded[1], better.example)
+                yield EncodedPair(encoded[0], encoded[1], self.prompt_numbers[better.example])
+
+    def require_trajectories(self) -> None:
+        """Raises InputError where trajectories were asked for, and not one text has any."""
+        if self.trajectory_k and self.notes.without_trajectory == self.notes.texts > 0:
+            raise InputError(
+                f"trajectory_k={self.trajectory_k}: no policy has answered two prompts; give data that names who wrote "
+                "each response (a model for each), or leave trajectory_k out"
+            )

@@ -21,11 +21,13 @@ class Encoded:
 
 @dataclass
 class LengthNotes:
-    """What the length limits did to a set of texts, to be said to the user."""
+    """What the length limits did to a set of texts, and which had a short tau or none, to be said to the user."""
 
     texts: int = 0
     cut_responses: int = 0
     dropped_prompts: int = 0
+    short_trajectories: int = 0
+    without_trajectory: int = 0
 
     def lines(self) -> list[str]:
         """One sentence for each limit that was met."""
@@ -37,6 +39,11 @@ class LengthNotes:
         if self.dropped_prompts:
             said.append(
                 f"{self.dropped_prompts} of {self.texts} texts were left out: their prompt is over the length limit"
+            )
+        if self.short_trajectories:
+            said.append(
+                f"{self.short_trajectories} of {self.texts} texts have fewer answers of their policy before them than "
+                f"asked for, {self.without_trajectory} of these none"
             )
         return said
 

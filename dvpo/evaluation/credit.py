@@ -90,7 +90,10 @@ def evaluate_credit(
                 )
             texts.append(text)
             with in_row(example.origin):
-                truths.append((judge.judge(example.prompt[-1]["content"], words).wrong_words, i))
+                truths.append(
+                    (judge.judge(example.prompt[-1]["content"], words).wrong_words, encoder.prompt_numbers[i])
+                )
+    encoder.require_trajectories()
     if not any(wrong for wrong, _ in truths):
         raise InputError("no chosen answer has a wrong word; take more of them")
     values = dict(score_all(model, texts, tokenizer.pad_token_id))

@@ -98,6 +98,7 @@ def evaluate_pairwise(
     if most is not None and len(picks) > most:
         picks = random.Random(seed).sample(picks, most)
     encoded = list(encoder.pairs(picks))
+    encoder.require_trajectories()
     reads = models.most_tokens(model) or math.inf
     pairs = [pair for pair in encoded if max(map(_length, (pair.better, pair.worse))) <= reads]
     said = encoder.notes.lines()

@@ -274,12 +274,13 @@ class OnlineTrainer:
         return self._chunks(texts, lambda b: token_values(self.value, b))
 
     def _value_texts(self, chosen: Sequence[int], texts: list[Encoded]) -> list[Encoded]:
-        """What the value model reads: the rollouts, each after tau, k other answers of this batch."""
+        """What the value model reads: the rollouts, each after tau, k answers of this batch to other prompts."""
         k = self.algorithm.trajectory_k
         if not k:
             return texts
         pairs = [(self.prompts[i][0], self._text(t)) for i, t in zip(chosen, texts, strict=True)]
-        taus = [[pairs[(i + 1 + j) % len(pairs)] for j in range(min(k, len(pairs) - 1))] for i in range(len(pairs))]
+        rotated = [pairs[i + 1 :] + pairs[:i] for i in range(len(pairs))]
+        taus = [[pair for pair in r if pair[0] != own][:k] for (own, _), r in zip(pairs, rotated, strict=True)]
         return [
             Encoded(encode_prompt(self.tokenizer, prompt, tau), text.response_ids)
             for (prompt, _), tau, text in zip(pairs, taus, texts, strict=True)

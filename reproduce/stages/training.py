@@ -68,7 +68,7 @@ def dpo(ctx: Context) -> dict[str, Any]:
 
     settings = DpoSettings(**ctx.settings["train"])
     encoder, pairs = _pairs(ctx, settings)
-    metrics = train_dpo(ctx.inputs["start"], _encoded(pairs), settings, ctx.out, ctx.state, ctx.seed)
+    metrics = train_dpo(ctx.inputs["start"], _encoded(encoder, pairs), settings, ctx.out, ctx.state, ctx.seed)
     return {**metrics, "pairs": len(pairs), "said": encoder.notes.lines()}
 
 
@@ -79,7 +79,7 @@ def rm(ctx: Context) -> dict[str, Any]:
 
     settings = RewardSettings(**ctx.settings["train"])
     encoder, pairs = _pairs(ctx, settings)
-    metrics = train_reward(ctx.inputs["start"], _encoded(pairs), settings, ctx.out, ctx.state, ctx.seed)
+    metrics = train_reward(ctx.inputs["start"], _encoded(encoder, pairs), settings, ctx.out, ctx.state, ctx.seed)
     return {**metrics, "pairs": len(pairs), "said": encoder.notes.lines(), "tokens": _tokens(pairs)}
 
 
@@ -167,8 +167,8 @@ def _encoder(ctx: Context, settings: Any, examples: list[Any], trajectory_k: int
     )
 
 
-def _encoded(pairs: list[Any]) -> list[EncodedPair]:
-    return [EncodedPair(better, worse, pick.example) for (pick, better), (_, worse) in pairs]
+def _encoded(encoder: Encoder, pairs: list[Any]) -> list[EncodedPair]:
+    return [EncodedPair(better, worse, encoder.prompt_numbers[pick.example]) for (pick, better), (_, worse) in pairs]
 
 
 def _pairs(ctx: Context, settings: Any, trajectory_k: int = 0) -> tuple[Encoder, list[Any]]:
@@ -181,6 +181,7 @@ def _pairs(ctx: Context, settings: Any, trajectory_k: int = 0) -> tuple[Encoder,
     picks = preference_picks(examples, choice["per_prompt"], ctx.seed)
     random.Random(ctx.seed).shuffle(picks)
     pairs = encodable_pairs(encoder, picks, choice["most"])
+    encoder.require_trajectories()
     _require(pairs, encoder)
     return encoder, pairs
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from dvpo.data.pairs import Encoder, Pick, preference_picks
+from dvpo.data.pairs import Encoder, Pick, preference_picks, prompt_numbers
 from dvpo.data.records import Example, Response
+from dvpo.errors import InputError
 
 N = 8
 
@@ -101,3 +102,47 @@ def test_pairs_keep_better_before_worse(tokenizer, mixed) -> None:
     assert tokenizer.decode(pair.worse.response_ids[:-1]) == "the river ."
     assert pair.better.prompt_ids == pair.worse.prompt_ids
     assert pair.prompt == 4
+
+
+@pytest.fixture
+def rows() -> list[Example]:
+    """Three prompts of four pair rows each, spelt in two ways; one policy's answer stands in every row."""
+    made = []
+    for i in range(12):
+        prompt = ({"role": "user", "content": f"what is  {i % 3} ?" if i % 2 else f"What is {i % 3} ?"},)
+        made.append(Example(prompt, (Response("surely .", "a"), Response(f"the salt {i}", "b")), ((0, 1),), f"x:{i}"))
+    return made
+
+
+def test_a_prompt_in_many_rows_is_one_prompt(tokenizer, rows) -> None:
+    assert prompt_numbers(rows) == [0, 1, 2] * 4
+    some = preference_picks(rows, 1, 0)
+    assert sorted(p[0].example % 3 for p in some) == [0, 1, 2]
+    assert [p[0].example for p in some] == sorted(p[0].example for p in some)
+    assert len(preference_picks(rows, 3, 0)) == 9
+    assert [p[0].example for p in preference_picks(rows, None, 0)] == list(range(12))
+    encoder = Encoder(tokenizer, rows, 500, 500)
+    assert [pair.prompt for pair in encoder.pairs(preference_picks(rows, None, 0))] == [0, 1, 2] * 4
+
+
+def test_a_trajectory_never_answers_the_prompt_itself(tokenizer, rows) -> None:
+    encoder = Encoder(tokenizer, rows, 500, 500, trajectory_k=12)
+    for i in range(12):
+        found = encoder.trajectory(Pick(i, 0))
+        assert len(found) == 8
+        assert f"{i % 3} ?" not in {question[0]["content"][-3:] for question, _ in found}
+
+
+def test_short_trajectories_are_said_and_none_at_all_is_refused(tokenizer, mixed) -> None:
+    encoder = Encoder(tokenizer, mixed, 500, 500, trajectory_k=2)
+    for j in (0, 3):
+        encoder.text(Pick(0, j))
+    encoder.require_trajectories()
+    assert encoder.notes.lines() == [
+        "1 of 2 texts have fewer answers of their policy before them than asked for, 1 of these none"
+    ]
+    nameless = Encoder(tokenizer, mixed, 500, 500, trajectory_k=2)
+    nameless.require_trajectories()  # nothing was encoded yet
+    nameless.text(Pick(0, 3))
+    with pytest.raises(InputError, match="trajectory_k=2: no policy has answered two prompts"):
+        nameless.require_trajectories()

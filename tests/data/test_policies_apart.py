@@ -44,6 +44,24 @@ def test_prompts_and_policies_are_apart_and_scores_are_ranks(tmp_path: Path) -> 
         assert all(-1 <= (r.score or 0.0) <= 1 for r in example.responses)
 
 
+def test_a_prompt_in_many_rows_is_on_one_side(tmp_path: Path) -> None:
+    models = [f"m{i}" for i in range(4)]
+    rows = [
+        {
+            "prompt": f"question {p % 4}",
+            "completions": [{"model": m, "response": f"{m} {p}", "score": i} for i, m in enumerate(models)],
+        }
+        for p in range(12)
+    ]
+    data = tmp_path / "grouped.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run([sys.executable, str(SCRIPT), str(data), str(tmp_path / "out")], check=True, capture_output=True)
+    parts = [read(str(tmp_path / "out" / f"{n}.jsonl")).examples for n in ("train", "unseen_prompts")]
+    prompts = [{e.prompt[-1]["content"] for e in part} for part in parts]
+    assert [len(part) for part in parts] == [9, 3]
+    assert [len(part) for part in prompts] == [3, 1] and prompts[0].isdisjoint(prompts[1])
+
+
 def test_data_without_policies_ends_with_2(tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n")

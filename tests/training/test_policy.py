@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dvpo import models
 from dvpo.config import Dvpo, KLSettings, LoraSettings, PolicySettings, Ppo
 from dvpo.data.atlas import Atlas, build_tokenizer
-from dvpo.data.templates import encode_prompt
+from dvpo.data.templates import Encoded, encode_prompt
 from dvpo.errors import InputError
 from dvpo.training import policy
 from dvpo.training.policy import Frozen, OnlineTrainer, Prompt, Rollouts, response_logprobs
@@ -311,6 +311,18 @@ def test_the_seed_decides_all(make, seed: int) -> None:
     one, other, another = make(settings(), seed=seed), make(settings(), seed=seed), make(settings(), seed=seed + 1)
     rows = [t.step() for t in (one, other, another)]
     assert rows[0] == rows[1] != rows[2]
+
+
+def test_a_trajectory_holds_no_answer_to_the_prompt_itself(make) -> None:
+    trainer = make(settings().model_copy(update={"algorithm": Dvpo(trajectory_k=3)}))
+    chosen = [0, 1, 0, 2]
+    texts = [Encoded(trainer.prompts[i][1], [5 + j]) for j, i in enumerate(chosen)]
+    pairs = [(trainer.prompts[i][0], trainer._text(t)) for i, t in zip(chosen, texts, strict=True)]
+    read = trainer._value_texts(chosen, texts)
+    for text, own, others in zip(read, texts, ([1, 3], [2, 3, 0], [3, 1], [0, 1, 2]), strict=True):
+        tau = [pairs[j] for j in others]
+        prompt, _ = pairs[texts.index(own)]
+        assert text == Encoded(encode_prompt(trainer.tokenizer, prompt, tau), own.response_ids)
 
 
 def test_a_trajectory_changes_what_the_value_model_reads_and_nothing_else(make, monkeypatch) -> None:
