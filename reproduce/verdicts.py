@@ -22,6 +22,8 @@ OTHER_SCALE = "not comparable (scale)"
 NOT_RUN = "not run (tier)"
 VERDICTS = (REPRODUCED, WITHIN, DIFFERS, OTHER_JUDGE, OTHER_SCALE, NOT_RUN)
 ROUNDING = 1e-9
+LEAST_SEEDS = 3
+"""With fewer, the spread between training runs cannot be seen."""
 PAPER_JUDGE = "gpt-4o-2024-08-06"
 """The one judge that the paper names (Appendix I)."""
 
@@ -105,6 +107,11 @@ def match(name: str, ci95: Sequence[float], seeds: int) -> str:
     if low >= -bound.margin:
         return REPRODUCED if low > 0 else WITHIN
     return DIFFERS if high < 0 else OTHER_SCALE
+
+
+def margin(name: str) -> float:
+    """What is too small to matter in a direction of a table or figure, in its unit."""
+    return _direction(name).margin
 
 
 def _direction(name: str) -> DirectionBound:

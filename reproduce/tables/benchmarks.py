@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dvpo.data.splits import is_hub_id
 from reproduce import paper, verdicts
 from reproduce.recipe import DataRecipe, load
 from reproduce.tables.book import Book
@@ -52,19 +53,33 @@ def _shipped(name: str) -> DataRecipe:
 
 
 def _same_model(recipe: DataRecipe) -> bool:
-    """Whether a folder that is named in the hub model's place has its config.json."""
+    """Whether a folder that is named in the hub model's place has all of its config.json."""
     if recipe.model is None or recipe.hub is None:
         return recipe.hub is not None
     path = Path(recipe.model) / "config.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return all(found.get(key) == value for key, value in recipe.hub.config.items() if key in found) and bool(found)
+    found = {**(found.get("rope_parameters") or {}), **found}  # where newer libraries write it
+    return all(found.get(key) == value for key, value in recipe.hub.config.items())
 
 
 def _same_data(book: Book, shipped: DataRecipe) -> bool:
-    """Whether what was read from the hub is the recipe's own data set; of a folder nobody can tell."""
+    """Whether what was read is the recipe's own data set of the hub; of a folder nobody can tell."""
     read = [r.manifest.get("settings", {}).get("hub") for r in book.seeds("data")]
-    own = (shipped.data or "").partition("@")[0]
-    return all(given is None or given.partition("@")[0] == own for given in read)
+    return all(_same_set(given, shipped.data) for given in read)
+
+
+def published_other(book: Book, name: str) -> bool:
+    """Whether the other data of this name are those that the paper's recipe reads from the hub."""
+    if book.recipe.name not in MODELS or not isinstance(book.recipe, DataRecipe):
+        return False
+    return _same_set(book.recipe.other_data[name], _shipped(book.recipe.name).other_data.get(name))
+
+
+def _same_set(given: str | None, own: str | None) -> bool:
+    """Whether two names are of the same set of the hub, at whatever revision."""
+    if given is None or own is None or not is_hub_id(given):
+        return False
+    return given.partition("@")[0] == own.partition("@")[0]
 
 
 def benchmark_rows(book: Book, table: int, benchmarks: Mapping[str, str], methods: Mapping[str, str]) -> list[Row]:

@@ -130,7 +130,9 @@ def _credit(book: Book) -> list[tuple[str, str]]:
     if gvm is None or rm is None:
         return []
     (low, high), (rm_low, rm_high) = gvm["ci95"], rm["ci95"]
-    if low > max(0.5, rm_high):
+    if gvm["seeds"] < verdicts.LEAST_SEEDS:
+        verdict = verdicts.OTHER_SCALE
+    elif low > max(0.5, rm_high):
         verdict = verdicts.REPRODUCED
     else:
         verdict = verdicts.DIFFERS if high < max(0.5, rm_low) else verdicts.OTHER_SCALE

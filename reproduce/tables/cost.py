@@ -106,7 +106,10 @@ def predicted_rows() -> list[Row]:
 
 
 def savings(book: Book) -> list[Row]:
-    """DVPO's change against PPO in percent. The interval spans the ratios of all rounds, so it is wider than needed."""
+    """DVPO's change against PPO in percent. The interval spans the ratios of all rounds, so it is wider than needed.
+
+    Memory is one number, judged with the margin on both sides of it.
+    """
     found = book.results.get("seed0/cost")
     costs = found.manifest["metrics"]["methods"] if found else {}
     if found is None or not {"dvpo-gae", "ppo"} <= set(costs):
@@ -114,13 +117,16 @@ def savings(book: Book) -> list[Row]:
     ours, ppo = costs["dvpo-gae"], costs["ppo"]
     (low, high), (ppo_low, ppo_high) = ours["seconds_range"], ppo["seconds_range"]
     time = _change(book, "time (s)", ours["seconds"] / ppo["seconds"] - 1)
-    memory = _change(book, "memory (GB)", ours["memory_mb"] / ppo["memory_mb"] - 1)
+    saved = 1 - ours["memory_mb"] / ppo["memory_mb"]
+    memory = _change(book, "memory (GB)", -saved)
+    margin = verdicts.margin("T7")
+    memory["verdict"] = verdicts.gain("T7", [saved - margin, saved + margin], 1)
     spread = [low / ppo_high - 1, high / ppo_low - 1]
-    time |= {
-        "ci95": [round(100 * end, 4) for end in spread],
-        "verdict": verdicts.gain("T7", [-spread[1], -spread[0]], 1),
-    }
-    return [made | {"n": found.manifest["settings"]["rounds"]} for made in (time, memory)]
+    rounds = found.manifest["settings"]["rounds"]
+    time["ci95"] = [round(100 * end, 4) for end in spread]
+    if rounds > 1:  # one has no spread
+        time["verdict"] = verdicts.gain("T7", [-spread[1], -spread[0]], 1)
+    return [made | {"n": rounds} for made in (time, memory)]
 
 
 def _change(book: Book, metric: str, ratio: float) -> Row:

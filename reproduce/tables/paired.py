@@ -4,7 +4,7 @@ Two questions are kept apart. Would other seeds and prompts show the same sign? 
 and prompts within them; with few seeds it is too sure of itself, so the interval is widened to Student's t over the
 seeds. Could the prompts' differences be chance for these trained models? That is the sign-flip test. A difference
 counts as told apart only where both say so after Holm's correction and the interval does not contain zero. The exact
-flip of whole seeds is shown beside them: with k seeds it cannot fall below 2 / 2**k.
+flip of whole seeds is shown beside them: with k seeds it cannot fall below 2 / 2**k. Of many seeds it draws patterns.
 """
 
 import itertools
@@ -18,12 +18,14 @@ from dvpo.evaluation.intervals import Interval, between_seeds
 
 RESAMPLES = 4000
 _AT_ONCE = 500
+_EXACT_SEEDS = 16
 
 
 @dataclass(frozen=True)
 class Paired:
     """The mean over seeds of paired differences, its 95 % interval, and three two-sided p-values."""
 
+    seeds: int
     mean: float
     ci95: Interval
     p_bootstrap: float
@@ -50,11 +52,12 @@ def paired(differences: Sequence[Sequence[float]], resamples: int = RESAMPLES, s
     mean, ci95 = between_seeds(means, (float(low), float(high)))
     below, above = int((means_R <= 0).sum()), int((means_R >= 0).sum())
     return Paired(
+        seeds=len(means),
         mean=mean,
         ci95=ci95,
         p_bootstrap=min(1.0, 2 * (min(below, above) + 1) / (resamples + 1)),
         p_flip=flip_prompts(arrays, resamples, rng),
-        p_seeds=flip_seeds(means),
+        p_seeds=flip_seeds(means, rng),
     )
 
 
@@ -69,15 +72,14 @@ def flip_prompts(arrays: Sequence[NDArray[np.float64]], resamples: int, rng: np.
     return (at_least + 1) / (resamples + 1)
 
 
-def flip_seeds(means: Sequence[float]) -> float:
-    """Two-sided exact sign-flip p-value over whole seeds: all 2**k sign patterns. Raises ValueError above 20 seeds."""
-    if len(means) > 20:
-        raise ValueError("more than 20 seeds have too many sign patterns to try them all")
-    observed = abs(sum(means))
-    patterns = list(itertools.product((1, -1), repeat=len(means)))
-    return sum(abs(sum(s * m for s, m in zip(p, means, strict=True))) >= observed - 1e-12 for p in patterns) / len(
-        patterns
-    )
+def flip_seeds(means: Sequence[float], rng: np.random.Generator) -> float:
+    """Two-sided sign-flip p-value over whole seeds: of all 2**k sign patterns, or of as many as are worth drawing."""
+    values_S, observed = np.asarray(means), abs(sum(means)) - 1e-12
+    if len(means) <= _EXACT_SEEDS:
+        patterns_P_S = np.array(list(itertools.product((1, -1), repeat=len(means))))
+        return float((np.abs(patterns_P_S @ values_S) >= observed).mean())
+    drawn_P_S = rng.integers(0, 2, (2**_EXACT_SEEDS, len(means))) * 2 - 1
+    return (int((np.abs(drawn_P_S @ values_S) >= observed).sum()) + 1) / (len(drawn_P_S) + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -18,7 +18,8 @@ NAMES = {
     "dvpo-q": "DVPO",
     "dvpo-gae": "DVPO",
 }
-"""The paper's name of each of our methods; the start is SFT in Table 1 and Instruction in Table 2."""
+"""The paper's name of each of our methods; the start is SFT in Table 1 and Instruction in Table 2.
+Where several of ours have one name, each goes by its own."""
 STARTS = {1: "SFT", 2: "Instruction"}
 CLAIMS = {"sft": "improves", "dpo": "dpo", "ppo": "matches", "remax": "matches", "grpo": "matches"}
 KINDS: dict[str, Literal["gain", "match"]] = {
@@ -51,7 +52,10 @@ def _table(book: Book, table: int, title: str) -> dict[str, Any]:
         rows += [d.row(book) for d in directions(book, table)]
     measured = []
     if isinstance(book.recipe, DataRecipe) and (book.recipe.sft is not None) == (table == 1):
-        measured = benchmark_rows(book, table, BENCHMARKS, {"sft": STARTS[table], **NAMES})
+        ran = [name for name in NAMES if any(book.seeds(f"{prefix}/{name}") for prefix in BENCHMARKS)]
+        shared = [NAMES[name] for name in ran]
+        methods = {name: NAMES[name] if shared.count(NAMES[name]) == 1 else LABELS[name] for name in ran}
+        measured = benchmark_rows(book, table, BENCHMARKS, {"sft": STARTS[table], **methods})
     return {
         "table": table,
         "title": title,

@@ -97,7 +97,9 @@ class Comparison:
 
     @property
     def told(self) -> bool:
-        """Whether the two are told apart."""
+        """Whether the two are told apart. Fewer than three seeds tell nothing."""
+        if self.test.seeds < verdicts.LEAST_SEEDS:
+            return False
         low, high = self.test.ci95
         return max(self.bootstrap, self.flip) < LEVEL and not low <= 0 <= high
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from reproduce import paper, verdicts
 from reproduce.recipe import AtlasRecipe, DataRecipe
-from reproduce.tables.benchmarks import published_model, section_rows
+from reproduce.tables.benchmarks import published_model, published_other, section_rows
 from reproduce.tables.book import Book
 from reproduce.tables.rows import (
     Direction,
@@ -27,9 +27,14 @@ BESIDE_NOTE = (
 )
 
 
-def _accuracies(book: Book, table: int, stages: dict[str, tuple[str, str]], metric: str) -> list[Row]:
-    """A row for every stage that was run, {stage: (the paper's method or another label, aggregate)}."""
-    model = published_model(book, table)
+def _accuracies(
+    book: Book, table: int, stages: dict[str, tuple[str, str]], metric: str, of_paper: bool = True
+) -> list[Row]:
+    """A row for every stage that was run, {stage: (the paper's method or another label, aggregate)}.
+
+    of_paper: whether it was measured on the paper's data.
+    """
+    model = published_model(book, table) if of_paper else None
     found = []
     for stage, (method, aggregate) in stages.items():
         if book.seeds(stage):
@@ -87,10 +92,10 @@ def table_5(book: Book) -> dict[str, Any]:
     """The value models on data of another source."""
     rows: list[Row] = []
     for other in book.recipe.other_data if isinstance(book.recipe, DataRecipe) else ():
-        metric = "accuracy on HH-RLHF" if "hh" in other.lower() else f"accuracy on {other}"
+        metric = "accuracy on HH-RLHF" if other == "hh-rlhf" else f"accuracy on {other}"
         labels = {"gvm": ("GVM", "mean"), "critic": ("A/C", "mean"), "gvm-from-score": ("GVM from scores", "mean")}
         stages = {f"{other}/{s}": label for s, label in (labels | {"rm": ("ScalarRM", "last")}).items()}
-        rows += _accuracies(book, 5, stages, metric)
+        rows += _accuracies(book, 5, stages, metric, published_other(book, other))
         rows += baselines(book, f"{other}/gvm", f" on {other}")
     return {"table": 5, "title": "Out of distribution", "note": BESIDE_NOTE, "rows": filled(5, rows)}
 

@@ -10,10 +10,10 @@ import pytest
 
 from reproduce import paper, recipe, tables, verdicts
 from reproduce.pipeline import Result
-from reproduce.tables import Book
-from reproduce.tables.benchmarks import published_model
+from reproduce.tables import Book, study
+from reproduce.tables.benchmarks import published_model, published_other
 from reproduce.tables.claims import HOLDS, NOT, PART, UNTESTED, UNTOLD, status
-from reproduce.tables.cost import _number
+from reproduce.tables.cost import _number, savings
 from reproduce.tables.rows import Direction, paper_difference
 from reproduce.tables.values import size_directions, sizes
 
@@ -192,7 +192,24 @@ class TestCost:
         assert time["ci95"] == pytest.approx([-59.0909, -38.8889], abs=1e-3)
         assert time["verdict"] == verdicts.REPRODUCED
         memory = find(rows_of(book, 7), "DVPO against PPO", "gain: change of memory")
-        assert (memory["measured"], memory["verdict"]) == (-50.0, verdicts.OTHER_SCALE)
+        assert (memory["measured"], memory["verdict"]) == (-50.0, verdicts.REPRODUCED)
+
+    @pytest.mark.parametrize(
+        ("rounds", "memory", "said"),
+        [
+            (2, 130.0, [verdicts.REPRODUCED, verdicts.DIFFERS]),
+            (2, 98.0, [verdicts.REPRODUCED, verdicts.OTHER_SCALE]),
+            (1, 50.0, [verdicts.OTHER_SCALE, verdicts.REPRODUCED]),  # one round has no spread
+        ],
+    )
+    def test_time_and_memory_are_judged_apart(self, rounds: int, memory: float, said: list[str]) -> None:
+        methods = {
+            "dvpo-gae": {"seconds": 1.0, "seconds_range": [1.0, 1.0], "memory_mb": memory},
+            "ppo": {"seconds": 2.0, "seconds_range": [2.0, 2.0], "memory_mb": 100.0},
+        }
+        manifest = {"settings": {"rounds": rounds}, "metrics": {"methods": methods}}
+        made = Book(recipe.load("tiny"), {"seed0/cost": Result(Path(), manifest, "digest")})
+        assert [row["verdict"] for row in savings(made)] == said
 
     def test_a_prediction_is_no_measurement(self, empty: Book) -> None:
         rows = [r for r in rows_of(empty, 7) if "predicted" in r]
@@ -257,15 +274,40 @@ class TestBenchmarks:
     def test_a_folder_must_hold_the_papers_model(self, tmp_path: Path) -> None:
         chosen = recipe.load("llama3-8b-base", (f"model={tmp_path}",))
         assert published_model(Book(chosen, {}), 1) is None
-        for hidden, expected in ((4096, "Llama3-8B-Base"), (2048, None)):
-            (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": hidden}))
+        assert chosen.hub is not None  # type: ignore[union-attr]
+        whole = dict(chosen.hub.config)  # type: ignore[union-attr]
+        newer = {k: v for k, v in whole.items() if k != "rope_theta"}
+        newer["rope_parameters"] = {"rope_theta": whole["rope_theta"], "rope_type": "default"}
+        for config, expected in (
+            (whole, "Llama3-8B-Base"),
+            (newer, "Llama3-8B-Base"),
+            ({**whole, "hidden_size": 2048}, None),
+            ({"model_type": "llama"}, None),
+        ):
+            (tmp_path / "config.json").write_text(json.dumps(config))
             assert published_model(Book(chosen, {}), 1) == expected
 
     def test_data_of_another_set_is_not_the_papers(self) -> None:
         book = Book(recipe.load("llama3-8b-base"), {})
-        for hub, expected in (("openbmb/UltraFeedback@1", True), ("other/set@1", False), (None, True)):
+        for hub, expected in (("openbmb/UltraFeedback@1", True), ("other/set@1", False), (None, False)):
             book.results = {"seed0/data": Result(Path(), {"settings": {"hub": hub}, "metrics": {}}, "digest")}
             assert (published_model(book, 1) is not None) == expected
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [(None, True), (f"Anthropic/hh-rlhf@{'a' * 40}", True), (f"x/hh@{'a' * 40}", False), ("/my/own/data", False)],
+    )
+    def test_other_data_is_the_papers_only_from_the_hub(self, given: str | None, expected: bool) -> None:
+        chosen = recipe.load("llama3-8b-base", () if given is None else (f"other_data.hh-rlhf={given}",))
+        assert published_other(Book(chosen, {}), "hh-rlhf") == expected
+
+    def test_methods_with_one_name_in_the_paper_go_by_their_own(self) -> None:
+        metrics = {"score": 5.0, "ci95": [4.8, 5.2], "judge": verdicts.PAPER_JUDGE, "n": 80, "part": None}
+        book = self.book("mt-bench/dvpo-gae", metrics)
+        book.results |= self.book("mt-bench/dvpo-q", metrics | {"score": 7.0}).results
+        book.results |= self.book("mt-bench/ppo", metrics).results
+        found = {r["method"]: r["measured"] for r in rows_of(book, 1) if r["measured"] is not None}
+        assert found == {"DVPO (GAE)": 5.0, "DVPO (A = Q)": 7.0, "PPO": 5.0}
 
 
 class TestClaims:
@@ -284,6 +326,12 @@ class TestClaims:
                             for p, q in zip(self.gold(a), self.gold(b), strict=True)])  # fmt: skip
         found = {c.key: c.status for c in tables.claims(turned)}
         assert found["improves dvpo-gae"] == found["matches dvpo-gae"] == NOT
+
+    def test_one_run_tells_nothing_about_training(self, made_up: Make) -> None:
+        one = made_up(1)
+        found = {c.key: c.status for c in tables.claims(one)}
+        assert found["credit"] == found["tau"] == found["matches dvpo-gae"] == UNTOLD
+        assert not [c for c in study.comparisons(one) if c.told]
 
     def test_what_was_not_tested_is_named(self, empty: Book) -> None:
         assert {c.status for c in tables.claims(empty)} == {UNTESTED}

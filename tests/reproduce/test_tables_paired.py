@@ -1,6 +1,7 @@
 """The paired tests against numbers worked by hand and against plain re-implementations."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -35,11 +36,16 @@ def test_holm_keeps_the_order(p_values: list[float]) -> None:
 
 def test_flipped_seeds_by_hand() -> None:
     """Five seeds of one sign: 2 of 32 patterns are as far from zero. 1, 2 and -4 sum to -1, the least of 1, 3, 5, 7."""
-    assert flip_seeds([0.1, 0.2, 0.3, 0.1, 0.2]) == 2 / 32
-    assert flip_seeds([1, 2, -4]) == 1.0
-    assert flip_seeds([1, 2, 4]) == 2 / 8
-    with pytest.raises(ValueError, match="20 seeds"):
-        flip_seeds([1.0] * 21)
+    rng = np.random.default_rng(0)
+    assert flip_seeds([0.1, 0.2, 0.3, 0.1, 0.2], rng) == 2 / 32
+    assert flip_seeds([1, 2, -4], rng) == 1.0
+    assert flip_seeds([1, 2, 4], rng) == 2 / 8
+
+
+def test_patterns_of_many_seeds_are_drawn() -> None:
+    """The sum of 24 signs is at least 8 from zero in 15.2 % of patterns, by the binomial distribution."""
+    exact = sum(math.comb(24, k) for k in range(25) if abs(2 * k - 24) >= 8) / 2**24
+    assert flip_seeds([1.0] * 16 + [-1.0] * 8, np.random.default_rng(0)) == pytest.approx(exact, abs=0.01)
 
 
 def test_flipped_prompts_agree_with_all_patterns() -> None:
