@@ -224,7 +224,8 @@ def plan(
         typer.Option(metavar="NAME|DIR", help="Another model: llama-3-8b, ... or a folder with a config.json."),
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(metavar="NAME", help="8xa100-80gb by default; for tiny and small 2-core-cpu.")
+        str | None,
+        typer.Option(metavar="NAME", help="By default the recipe's (of tiny and small 2-core-cpu), else 8xa100-80gb."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="So many of the cluster's devices.")] = None,
     memory: Annotated[float | None, number(metavar="GB", help="Another memory of each device, in GiB.")] = None,

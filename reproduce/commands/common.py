@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,14 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], left: Seque
         return "  ".join(cells).rstrip()
 
     return "\n".join(map(aligned, lines))
+
+
+def by_text(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Of (name, text), lines "names: text": each text once, with all the names that it is said of."""
+    names: dict[str, list[str]] = {}
+    for name, text in said:
+        names.setdefault(text, []).append(name)
+    return [f"{', '.join(named)}: {text}" for text, named in names.items()]
 
 
 def require_checkpoint(name: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dvpo.errors import InputError
-from reproduce.commands.common import print_json, table_text
+from reproduce.commands.common import by_text, print_json, table_text
 
 
 def run(
@@ -27,12 +27,15 @@ def run(
         raise InputError(f"name a recipe with --recipe ({', '.join(recipes.names())}), or a model with --model")
     recipe = recipes.load(recipe_name) if recipe_name else None
     own = cluster_name is None and gpus is None and memory_gb is None and model is None
-    cluster = hardware.find(cluster_name or (stages.cluster_of(recipe) if recipe else "8xa100-80gb"), gpus, memory_gb)
+    if recipe is not None and cluster_name is None:
+        cluster = stages.cluster_of(recipe.compute, gpus, memory_gb)
+    else:
+        cluster = hardware.find(cluster_name or "8xa100-80gb", gpus, memory_gb)
     shape = shapes.find(model) if model else None
     if recipe is not None:
         planned = stages.of_recipe(recipe, shape)
-        if own and zero is None and cluster.devices > 1:
-            zero = {"ddp": 0, "zero1": 1, "zero2": 2}.get(recipe.compute.strategy, 3)
+        if own and zero is None:
+            zero = stages.zero_of(recipe.compute)
     else:
         assert shape is not None  # else there was no recipe and no model
         planned = stages.of_model(shape, cluster)
@@ -81,10 +84,8 @@ def _text(document: dict[str, Any]) -> str:
         for row in rows
     ]
     lines += [table_text(header, cells, left=(0, 1, 2, 6)), ""]
-    answers: dict[str, list[str]] = {}
-    for row in rows:
-        answers.setdefault(_answer(row, cluster["device"]["name"]), []).append(row["stage"])
-    lines += [f"{', '.join(stages)}: {answer}" for answer, stages in answers.items()]
+    lines += by_text((row["stage"], _answer(row, cluster["device"]["name"])) for row in rows)
+    lines += by_text((row["stage"], row["uneven"]) for row in rows if row["uneven"])
     lower = [row for row in rows if row["fits"] and row["least_zero"] < row["zero"]]
     if lower:
         named = ", ".join(f"{row['stage']} ({row['least_zero']})" for row in lower)

@@ -84,19 +84,21 @@ CLUSTERS = {
 
 
 def find(name: str, gpus: int | None = None, memory_gb: float | None = None) -> Cluster:
-    """A known cluster, on request with another number of devices on one node, or other memory (GiB) in each.
+    """A known cluster, on request with another number of devices, or other memory (GiB) in each.
 
     Raises InputError for an unknown name, or numbers that are not positive.
     """
     if name not in CLUSTERS:
         raise InputError(f"there is no cluster {name!r}; choose one of {', '.join(CLUSTERS)}")
     cluster = CLUSTERS[name]
-    if gpus is not None:
-        if gpus < 1:
-            raise InputError(f"--gpus {gpus}: at least 1")
+    if gpus is not None and gpus < 1:
+        raise InputError(f"--gpus {gpus}: at least 1")
+    if gpus is not None and gpus != cluster.devices:
         nodes = max(1, -(-gpus // cluster.per_node)) if gpus > cluster.per_node else 1
         if gpus % nodes:
-            raise InputError(f"--gpus {gpus}: not a whole number of devices on each of {nodes} nodes")
+            raise InputError(
+                f"{gpus} devices of {name} are not a whole number on each of {nodes} nodes; take {gpus - gpus % nodes}"
+            )
         cluster = replace(cluster, name=f"{gpus}x {cluster.device.name}", per_node=gpus // nodes, nodes=nodes)
     if memory_gb is not None:
         if not 0 < memory_gb < 1e6:

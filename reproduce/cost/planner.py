@@ -45,17 +45,22 @@ class Stage:
 
 @dataclass(frozen=True)
 class Wish:
-    """What is fixed beforehand; None lets the planner choose. response_tokens: of a typical response, for the time."""
+    """What is fixed beforehand; None lets the planner choose. response_tokens: of a typical response, for the time.
+
+    own: nothing is recomputed, sharded, offloaded or made smaller but by the stage's own settings.
+    """
 
     zero: int | None = None
     response_tokens: int | None = None
     vllm_share: float = 0.0
+    own: bool = False
 
 
 def plan(stage: Stage, cluster: Cluster, wish: Wish) -> dict[str, Any]:
     """The answers for one stage: the first way of spreading it that fits, from the quickest to the most sparing.
 
-    Times are [least, most]; sizes are GiB. `devices_needed` is None where 1024 devices are not enough.
+    Times are [least, most]; sizes are GiB. `devices_needed` is None where 1024 devices are not enough. `uneven` says
+    which batches of the settings the devices cannot share equally, or is None.
     """
     chosen = next(_fitting(stage, cluster, wish), None)
     fits = chosen is not None
@@ -78,6 +83,7 @@ def plan(stage: Stage, cluster: Cluster, wish: Wish) -> dict[str, Any]:
         "frozen": setup.frozen if METHODS[stage.method].frozen else None,
         "micro_batch": job.micro,
         "batch": job.batch * cluster.devices,
+        "uneven": _uneven(stage, cluster),
         "memory_gib": {name: round(sum(parts.values()) / GIB, 2) for name, parts in phases.items()},
         "peak": {"phase": where, "gib": round(most / GIB, 2),
                  "parts_gib": {part: round(size / GIB, 2) for part, size in phases[where].items() if size}},
@@ -89,7 +95,7 @@ def plan(stage: Stage, cluster: Cluster, wish: Wish) -> dict[str, Any]:
         "hours": None if stage.updates is None else [round(s * stage.updates / 3600, 3) for s in per_update],
         "breaks_first": {"phase": where, "part": largest},
         "advice": ADVICE.get(largest, "use more devices"),
-        "least_zero": next((way.zero for way, _ in _fitting(stage, cluster, replace(wish, zero=None))), None),
+        "least_zero": _least_zero(stage, cluster, wish, setup.zero if fits else None),
         "devices_needed": cluster.devices if fits else _devices_needed(stage, cluster, wish),
     }  # fmt: skip
 
@@ -111,11 +117,14 @@ def _ways(stage: Stage, cluster: Cluster, wish: Wish) -> Iterator[tuple[Setup, J
     models, smaller passes, states in the host's memory."""
     zeros = [wish.zero] if wish.zero is not None else [0] if cluster.devices == 1 else [1, 2, 3]
     job = job_of(stage, cluster)
+    own = stage.settings.gradient_checkpointing
     for zero in zeros:
-        for checkpointing in sorted({stage.settings.gradient_checkpointing, True}):
+        for checkpointing in [own] if wish.own else sorted({own, True}):
             setup = setup_of(stage, cluster, zero, checkpointing, wish)
             yield setup, job
-    if cluster.devices > 1:
+    if wish.own:
+        return
+    if cluster.devices > 1 and isinstance(stage.settings, PolicySettings):
         setup = replace(setup, frozen="sharded")
         yield setup, job
     while job.micro > 1:
@@ -126,15 +135,19 @@ def _ways(stage: Stage, cluster: Cluster, wish: Wish) -> Iterator[tuple[Setup, J
 
 
 def setup_of(stage: Stage, cluster: Cluster, zero: int, checkpointing: bool, wish: Wish) -> Setup:
-    """How the project's own trainers run a stage: DeepSpeed's bf16 under ZeRO, else autocast over float32 weights."""
+    """How the project's own trainers run a stage: DeepSpeed's bf16 under ZeRO, else autocast over float32 weights.
+
+    TRL shards the reference of DPO under ZeRO-3, and only there.
+    """
     s = stage.settings
     online = isinstance(s, PolicySettings)
+    sharded = zero == 3 and cluster.devices > 1
     remote = isinstance(s, PolicySettings) and bool(getattr(s.algorithm, "value_url", None))
     return Setup(
         zero=zero,
         precision="float32" if not s.bf16 else "bf16" if zero else "autocast",
         checkpointing=checkpointing,
-        frozen=s.frozen if isinstance(s, PolicySettings) else "resident",
+        frozen=s.frozen if isinstance(s, PolicySettings) else "sharded" if sharded else "resident",
         frozen_bytes={"float32": 4, "bfloat16": 2}[s.frozen_dtype] if isinstance(s, PolicySettings) else None,
         remote=remote,
         logit_rows=max(1, MOST_LOGITS // stage.shape.vocab) if online else None,
@@ -153,6 +166,28 @@ def job_of(stage: Stage, cluster: Cluster) -> Job:
         return Job(method, s.max_prompt_tokens, s.max_new_tokens, batch, micro, step, s.epochs, group)
     batch = -(-s.batch_size // devices)
     return Job(method, s.max_prompt_tokens, s.max_response_tokens, batch, min(s.micro_batch_size or batch, batch))
+
+
+def _uneven(stage: Stage, cluster: Cluster) -> str | None:
+    """Says where the trainers would refuse to share a batch. What is shared online is responses."""
+    s, devices = stage.settings, cluster.devices
+    if isinstance(s, PolicySettings):
+        group = s.algorithm.group_size if s.algorithm.name == "grpo" else 1
+        sizes = {"prompts_per_update": s.prompts_per_update, "minibatch_size": s.minibatch_size}
+    else:
+        group, sizes = 1, {"batch_size": s.batch_size}
+    if named := [f"{name} {size}" for name, size in sizes.items() if size * group % devices]:
+        return (
+            f"{devices} devices cannot share {' and '.join(named)} equally, which training refuses; planned as the "
+            "next larger that they can"
+        )
+    return None
+
+
+def _least_zero(stage: Stage, cluster: Cluster, wish: Wish, chosen: int | None) -> int | None:
+    """The lowest stage of ZeRO that fits: the chosen one, or the planner's first; None where none does."""
+    first = next((setup.zero for setup, _ in _fitting(stage, cluster, replace(wish, zero=None))), None)
+    return min((zero for zero in (chosen, first) if zero is not None), default=None)
 
 
 def _largest_micro(stage: Stage, cluster: Cluster, setup: Setup, job: Job) -> int:

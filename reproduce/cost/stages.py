@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from dvpo.config import DpoSettings, GvmSettings, PolicySettings, RewardSettings, SftSettings, TrainSettings
 from dvpo.errors import InputError
-from reproduce.cost import shapes
+from reproduce.cost import hardware, shapes
 from reproduce.cost.hardware import Cluster
 from reproduce.cost.planner import Stage
 from reproduce.cost.shapes import Shape
-from reproduce.recipe import AtlasRecipe, DataRecipe
+from reproduce.recipe import AtlasRecipe, Compute, DataRecipe
 
 ALGORITHMS = {
     "dvpo": {"name": "dvpo"},
@@ -47,60 +47,25 @@ def of_recipe(recipe: AtlasRecipe | DataRecipe, shape: Shape | None) -> list[Sta
     """The training stages of a recipe, one seed of each; `shape` in place of its own model."""
     if isinstance(recipe, AtlasRecipe):
         return _of_atlas(recipe, shape or _atlas_shape(recipe))
-    return _of_data(recipe, shape or _data_shape(recipe))
+    return _of_data(recipe, shape or shape_of(recipe))
 
 
-def cluster_of(recipe: AtlasRecipe | DataRecipe) -> str:
-    """The machine that a recipe is for."""
-    return recipe.compute.cluster or ("2-core-cpu" if recipe.compute.processes == 1 else "8xa100-80gb")
+def cluster_of(compute: Compute, gpus: int | None = None, memory_gb: float | None = None) -> Cluster:
+    """The machine that a recipe is for: a device of its cluster for each of its processes, or `gpus` of them.
+
+    Raises InputError for an unknown cluster, or numbers that it cannot have.
+    """
+    name = compute.cluster or ("2-core-cpu" if compute.processes == 1 else "8xa100-80gb")
+    return hardware.find(name, gpus or compute.processes, memory_gb)
 
 
-def _of_atlas(r: AtlasRecipe, shape: Shape) -> list[Stage]:
-    pairs = r.atlas.prompts["reward"] * (r.pairs.per_prompt or 1)
-    pairs = min(pairs, r.pairs.most or pairs)
-    stages = [
-        _offline("sft", shape, r.sft, r.atlas.prompts["sft"]),
-        _offline("rm", shape, r.rm, pairs),
-        _offline("gvm", shape, r.gvm, 2 * pairs),
-        _offline("dpo", shape, r.dpo, pairs),
-    ]
-    return [*stages, *(_online(name, shape, r.method(name)) for name in r.methods)]
+def zero_of(compute: Compute) -> int | None:
+    """The stage of ZeRO that spreads as the recipe's strategy does; None for one process, which has none."""
+    return None if compute.processes == 1 else {"ddp": 0, "zero1": 1, "zero2": 2}.get(compute.strategy, 3)
 
 
-def _of_data(r: DataRecipe, shape: Shape) -> list[Stage]:
-    prompts, pairs = None, r.pairs.most
-    texts = 2 * pairs if pairs else None
-    if (e := r.expected) is not None:
-        prompts = e.prompts
-        valued, each = prompts * r.shares.get("value", 0), min(e.pairs, r.pairs.per_prompt or e.pairs)
-        pairs = min(int(valued * each), pairs or prompts**2)
-        texts = min(int(valued * min(e.responses, 2 * each)), texts or prompts**2)
-    stages = [_offline("rm", shape, r.rm, pairs)]
-    stages += [replace(_offline("gvm", shape, r.gvm, texts), name=name) for name in r.value_models]
-    if r.sft is not None:
-        stages.insert(0, _offline("sft", shape, r.sft, prompts and int(prompts * r.shares.get("sft", 0))))
-    if r.dpo is not None:
-        stages.append(_offline("dpo", shape, r.dpo, pairs))
-    methods = [_online(name, shape, r.method(name)) for name in r.methods]
-    return [*stages, *(replace(m, optional=m.name in r.optional_methods) for m in methods)]
-
-
-def _offline(method: str, shape: Shape, settings: TrainSettings, items: int | None) -> Stage:
-    updates = settings.max_steps or (items and -(-int(items * settings.epochs) // settings.batch_size))
-    return Stage(method, method, shape, settings, updates)
-
-
-def _online(name: str, shape: Shape, settings: PolicySettings) -> Stage:
-    return Stage(name, settings.algorithm.name, shape, settings, settings.updates)
-
-
-def _atlas_shape(recipe: AtlasRecipe) -> Shape:
-    from dvpo.data.atlas import Atlas, build_tokenizer
-
-    return shapes.from_size(recipe.size, len(build_tokenizer(Atlas.build(0, recipe.atlas.places))), "tiny Llama")
-
-
-def _data_shape(recipe: DataRecipe) -> Shape:
+def shape_of(recipe: DataRecipe) -> Shape:
+    """The shape of a recipe's own model. Raises InputError where there is none, or none that the planner knows."""
     if recipe.model is not None:
         return shapes.find(recipe.model)
     if recipe.hub is not None:
@@ -108,3 +73,60 @@ def _data_shape(recipe: DataRecipe) -> Shape:
     if recipe.name in ("small", "small-gpu"):
         return shapes.SHAPES["smollm2-135m"]
     raise InputError(f"recipe {recipe.name} names no model; say which with --model")
+
+
+def items_of(r: DataRecipe, method: str) -> int | None:
+    """What an offline stage sees in an epoch, texts of `sft` and `gvm`, pairs of others; None where nothing says it.
+
+    A response is one text to the GVM, in however many pairs it is.
+    """
+    expected, most = r.expected, r.pairs.most
+    if method == "sft":
+        return None if expected is None else int(expected.prompts * r.shares.get("sft", 0))
+    most = 2 * most if most and method == "gvm" else most
+    if expected is None:
+        return most
+    pairs = min(expected.pairs, r.pairs.per_prompt or expected.pairs)
+    each = min(expected.responses, 2 * pairs) if method == "gvm" else pairs
+    there = int(expected.prompts * r.shares.get("value", 0) * each)
+    return min(there, most or there)
+
+
+def _of_atlas(r: AtlasRecipe, shape: Shape) -> list[Stage]:
+    pairs = r.atlas.prompts["reward"] * (r.pairs.per_prompt or 1)
+    pairs = min(pairs, r.pairs.most or pairs)
+    stages = [
+        offline("sft", shape, r.sft, r.atlas.prompts["sft"]),
+        offline("rm", shape, r.rm, pairs),
+        offline("gvm", shape, r.gvm, 2 * pairs),
+        offline("dpo", shape, r.dpo, pairs),
+    ]
+    return [*stages, *(online(name, shape, r.method(name)) for name in r.methods)]
+
+
+def _of_data(r: DataRecipe, shape: Shape) -> list[Stage]:
+    stages = [offline("rm", shape, r.rm, items_of(r, "rm"))]
+    stages += [replace(offline("gvm", shape, r.gvm, items_of(r, "gvm")), name=name) for name in r.value_models]
+    if r.sft is not None:
+        stages.insert(0, offline("sft", shape, r.sft, items_of(r, "sft")))
+    if r.dpo is not None:
+        stages.append(offline("dpo", shape, r.dpo, items_of(r, "dpo")))
+    methods = [online(name, shape, r.method(name)) for name in r.methods]
+    return [*stages, *(replace(m, optional=m.name in r.optional_methods) for m in methods)]
+
+
+def offline(method: str, shape: Shape, settings: TrainSettings, items: int | None) -> Stage:
+    """A stage that learns from `items` texts or pairs, for as many optimiser steps as they make; None: not known."""
+    updates = settings.max_steps or (items and -(-int(items * settings.epochs) // settings.batch_size))
+    return Stage(method, method, shape, settings, updates)
+
+
+def online(name: str, shape: Shape, settings: PolicySettings) -> Stage:
+    """A policy's stage, by its rollouts."""
+    return Stage(name, settings.algorithm.name, shape, settings, settings.updates)
+
+
+def _atlas_shape(recipe: AtlasRecipe) -> Shape:
+    from dvpo.data.atlas import Atlas, build_tokenizer
+
+    return shapes.from_size(recipe.size, len(build_tokenizer(Atlas.build(0, recipe.atlas.places))), "tiny Llama")

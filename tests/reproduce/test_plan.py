@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dvpo.config import PolicySettings
+from dvpo.config import DpoSettings, PolicySettings
 from reproduce import cli, recipe
 from reproduce.cost import hardware, memory, shapes, stages, table7
 from reproduce.cost.planner import Stage, Wish, job_of, limit, plan, setup_of
@@ -65,6 +65,48 @@ def test_the_recipes_own_machine_and_stage_of_zero(ask: Any) -> None:
         methods = {row["stage"]: row for row in document["stages"]}
         assert methods["ppo"]["peak"]["gib"] > methods["dvpo-gae"]["peak"]["gib"]
         assert methods["ppo"]["updates"] == recipe.load(name).method("ppo").updates
+
+
+def test_as_many_devices_as_the_recipe_has_processes(ask: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: llama3-8b-base\nname: own\ncompute: {processes: 4}\n")
+    cluster = json.loads(ask("--recipe", own, "--json")[1])["cluster"]
+    assert (cluster["name"], cluster["per_node"], cluster["nodes"]) == ("4x A100 80 GB", 4, 1)
+    assert json.loads(ask("--recipe", own, "--gpus", "2", "--json")[1])["cluster"]["per_node"] == 2
+    assert json.loads(ask("--recipe", own, "--cluster", "8xh100-80gb", "--json")[1])["cluster"]["per_node"] == 8
+    own.write_text("extends: llama3-8b-base\nname: own\ncompute: {processes: 9}\n")
+    assert ask("--recipe", own)[::2] == (
+        2,
+        "error: 9 devices of 8xa100-80gb are not a whole number on each of 2 nodes; take 8\n",
+    )
+
+
+def test_the_small_recipes_machines(ask: Any) -> None:
+    for name, machine in (("small", "2-core-cpu"), ("small-gpu", "1xh200-141gb"), ("tiny", "2-core-cpu")):
+        assert json.loads(ask("--recipe", name, "--json")[1])["cluster"]["name"] == machine
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("llama-3-8b", "--gpus", "1", "--zero", "3"), ("llama-3.2-3b", "--cluster", "1xa10g-24gb", "--zero", "2")],
+)
+def test_a_stage_of_zero_on_one_gpu(ask: Any, arguments: tuple[str, ...]) -> None:
+    """States in the host's memory fit where nothing fits without ZeRO."""
+    code, out, err = ask("--model", *arguments)
+    assert (code, err) == (0, "")
+    assert "offloaded" in out
+    assert "a lower stage" not in out
+    for row in json.loads(ask("--model", *arguments, "--json")[1])["stages"]:
+        assert (row["least_zero"] is None) is not row["fits"]
+
+
+def test_a_batch_that_the_devices_cannot_share(ask: Any) -> None:
+    """The paper's batch of 4 on 8 devices; 16 and 32 on three."""
+    eight, three = ask("--model", "llama-3-8b")[1], ask("--model", "llama-3-8b", "--gpus", "3")[1]
+    assert "rm: 8 devices cannot share batch_size 4 equally, which training refuses" in eight
+    assert eight.count("cannot share") == 1
+    assert "sft, dpo: 3 devices cannot share batch_size 16" in three
+    assert "gvm: 3 devices cannot share batch_size 32" in three
 
 
 def test_text(ask: Any) -> None:
@@ -184,6 +226,33 @@ class TestChoice:
         job = job_of(dvpo(algorithm={"name": "grpo", "group_size": 5}, micro_batch_size=None), A100)
         assert (job.batch, job.step, job.micro, job.responses) == (8, 4, 20, 40)
         assert (job.passes, job.steps) == (2, 2)
+
+    def test_what_is_shared_online_is_responses(self) -> None:
+        """As the trainers have it: 16 prompts are 80 responses to five processes, but 16 to others than GRPO."""
+        five = hardware.find("8xa100-80gb", 5)
+        group = dvpo(algorithm={"name": "grpo", "group_size": 5}, prompts_per_update=16, minibatch_size=8)
+        assert plan(group, five, Wish())["uneven"] is None
+        said = plan(dvpo(prompts_per_update=16, minibatch_size=10), five, Wish())["uneven"]
+        assert said.startswith("5 devices cannot share prompts_per_update 16 equally")
+
+    def test_its_own_settings_alone(self) -> None:
+        """What does not fit as it is does not fit, whatever else would."""
+        tight = hardware.find("8xa100-80gb", memory_gb=60)
+        own, free = (plan(dvpo(), tight, Wish(zero=3, own=fixed)) for fixed in (True, False))
+        assert (own["fits"], free["fits"]) == (False, True)
+        assert (own["checkpointing"], own["frozen"], own["micro_batch"], own["offload"]) == (
+            False,
+            "resident",
+            2,
+            False,
+        )
+        assert own["peak"]["gib"] > free["peak"]["gib"]
+
+    def test_dpos_reference_is_sharded_under_zero_3_alone(self) -> None:
+        settings = DpoSettings(learning_rate=1e-6, batch_size=16, bf16=True)
+        stage = Stage("dpo", "dpo", shapes.SHAPES["llama-3-8b"], settings)
+        for zero, frozen in ((0, "resident"), (2, "resident"), (3, "sharded")):
+            assert plan(stage, hardware.find("8xa100-80gb", memory_gb=24), Wish(zero))["frozen"] == frozen
 
     def test_a_value_model_behind_a_url_takes_no_memory(self) -> None:
         remote = dvpo(algorithm={"name": "dvpo", "value_url": "http://127.0.0.1:1"})
