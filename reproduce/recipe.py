@@ -29,7 +29,7 @@ TO_PIN = "TO-BE-PINNED"
 class Compute(Settings):
     """How many stages run at a time, and the threads of each; a training stage's processes, and its strategy.
 
-    cluster: the machine that the plan of a dry run is for, one of `reproduce.cost.hardware`.
+    cluster: what the plans are for, one of `reproduce.cost.hardware`: as many of its devices as there are processes.
     """
 
     workers: int = Field(1, ge=1)
@@ -159,14 +159,13 @@ class AtlasRecipe(Settings):
 class HubModel(Settings):
     """A checkpoint on the hub. `revision`: a commit of 40 hex digits, or TO_PIN where nobody has chosen one.
 
-    config: what its config.json says, so that nothing needs a download to be planned. parameters: all of its policy's.
+    config: what its config.json says, so that nothing needs a download to be planned.
     chat_template: given to a tokenizer that has none.
     """
 
     id: str
     revision: str
     gated: bool = False
-    parameters: int = Field(ge=1)
     config: dict[str, Any]
     chat_template: str | None = None
 

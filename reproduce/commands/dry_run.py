@@ -1,7 +1,7 @@
 """`dvpo reproduce --dry-run`: what would run and why, and for a recipe that names its machine, what it would take."""
 
 from reproduce import app
-from reproduce.commands.common import print_json, table_text
+from reproduce.commands.common import by_text, print_json, table_text
 from reproduce.graphs.outline import Line, Outline, outline
 from reproduce.pipeline import plan
 from reproduce.recipe import DataRecipe
@@ -15,18 +15,19 @@ def run(request: app.Request, as_json: bool) -> None:
     if as_json:
         print_json([_row(p.state, p.why, line) for p, line in zip(planned, found.lines, strict=True)])
         return
-    states = [(p.id, p.state, p.why) for p in planned]
-    if isinstance(prepared.recipe, DataRecipe) and prepared.recipe.hub is not None:
+    if found.machine is not None and isinstance(prepared.recipe, DataRecipe):
         print(f"{_settings(prepared.recipe)}\n")
-        print(f"{table_text(('stage', 'state', 'why'), states, left=(0, 1, 2))}\n\n{_text(prepared.recipe, found)}")
-    else:
-        print(table_text(("stage", "state", "why"), states, left=(0, 1, 2)))
+    print(table_text(("stage", "state", "why"), [(p.id, p.state, p.why) for p in planned], left=(0, 1, 2)))
+    if found.machine is not None:
+        print(f"\n{_text(found)}")
+    elif found.unknown is not None:
+        print(f"\nnothing is predicted: {found.unknown}")
 
 
 def _row(state: str, why: str, line: Line) -> dict[str, object]:
     memory = None if line.memory is None else {"peak": line.memory[0], "usable": line.memory[1], "fits": line.fits}
     said = {"id": line.id, "state": state, "why": why, "command": line.command, "settings": line.settings}
-    return said | {"memory_gib": memory, "hours": line.hours, "disk_gb": line.disk}
+    return said | {"memory_gib": memory, "hours": line.hours, "disk_gb": line.disk, "wrong": line.wrong}
 
 
 def _settings(recipe: DataRecipe) -> str:
@@ -36,27 +37,34 @@ def _settings(recipe: DataRecipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True).rstrip()
 
 
-def _text(recipe: DataRecipe, found: Outline) -> str:
+def _text(found: Outline) -> str:
     rows = [
         (
             line.id,
             line.command,
-            "-"
-            if line.memory is None
-            else f"{line.memory[0]:.0f} of {line.memory[1]:.0f}{'' if line.fits else ' (!)'}",
-            "-" if line.hours is None else f"{line.hours[0]:.0f} - {line.hours[1]:.0f}",
-            "-" if line.disk is None else f"{line.disk:.0f}",
+            "-" if line.memory is None else " of ".join(map(_number, line.memory)) + ("" if line.fits else " (!)"),
+            "-" if line.hours is None else " - ".join(map(_number, line.hours)),
+            "-" if line.disk is None else _number(line.disk),
         )
         for line in found.lines
     ]
     said = [table_text(("stage", "command", "GiB", "hours", "GB"), rows, left=(0, 1)), ""]
-    c = recipe.compute
+    said += [f"(!) {text}" for text in by_text((line.id, wrong) for line in found.lines for wrong in line.wrong)]
+    if unknown := [line.id for line in found.lines if line.memory and line.hours is None]:
+        said.append(f"hours unknown, as the recipe does not say what its data holds: {', '.join(unknown)}")
     if found.hours:
-        low, high = found.hours
+        low, high = map(_number, found.hours)
         said.append(
-            f"predicted, not measured: {low:.0f} to {high:.0f} hours of training on {c.cluster} (generation at full "
+            f"predicted, not measured: {low} to {high} hours of training on {found.machine} (generation at full "
             "length; evaluation not counted); GiB is the peak of a device and what is usable"
         )
     if found.disk:
-        said.append(f"disk: {found.disk[0]:.0f} GB of results, and up to {found.disk[1]:.0f} GB for a trainer's state")
+        said.append(
+            f"disk: {_number(found.disk[0])} GB of results, and up to {_number(found.disk[1])} GB for a trainer's state"
+        )
     return "\n".join(said)
+
+
+def _number(value: float) -> str:
+    """Whole numbers, and two digits of smaller ones."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

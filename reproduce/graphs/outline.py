@@ -1,19 +1,26 @@
 """What a run of a recipe would take, from its settings alone: the command of each stage, memory, hours and disk.
 
-Memory and time are predictions of the planner (`reproduce.cost`); nothing here reads data, models or the network.
+Memory and time are predictions of the planner (`reproduce.cost`) for the run as the recipe has it; of data, models and
+the network nothing is read here but the config.json of a model that the recipe names.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from dvpo.config import DpoSettings, GvmSettings, PolicySettings, RewardSettings, SftSettings, TrainSettings
+from dvpo.errors import InputError
 from reproduce.pipeline import Stage
 from reproduce.recipe import AtlasRecipe, DataRecipe
 from reproduce.stages import KINDS
 
-SETTINGS: dict[str, type[TrainSettings | PolicySettings]] = {
-    "sft": SftSettings, "rm": RewardSettings, "gvm": GvmSettings, "dpo": DpoSettings, "policy": PolicySettings,
+if TYPE_CHECKING:
+    from reproduce.cost import planner
+    from reproduce.cost.hardware import Cluster
+    from reproduce.cost.shapes import Shape
+
+OFFLINE: dict[str, type[TrainSettings]] = {
+    "sft": SftSettings, "rm": RewardSettings, "gvm": GvmSettings, "dpo": DpoSettings,
 }  # fmt: skip
 WEIGHTS, FETCHED, STATE = 4, 2, 12
 """Bytes of a parameter in a checkpoint that we write (float32), in one of the hub (bfloat16), and in a trainer's state
@@ -22,7 +29,10 @@ WEIGHTS, FETCHED, STATE = 4, 2, 12
 
 @dataclass(frozen=True)
 class Line:
-    """One stage. memory: GiB of a device, predicted and usable. hours: [least, most]. disk: GB of its results."""
+    """One stage. memory: GiB of a device, predicted and usable. hours: [least, most]. disk: GB of its results.
+
+    wrong: why it would not run as it is, and what to change.
+    """
 
     id: str
     kind: str
@@ -32,35 +42,42 @@ class Line:
     fits: bool | None = None
     hours: tuple[float, float] | None = None
     disk: float | None = None
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outline:
-    """All stages in the order of the run. disk: GB of all results, and of the largest trainer's state beside them."""
+    """All stages in the order of the run. disk: GB of all results, and of the largest trainer's state beside them.
+
+    machine: what memory and hours are of. unknown: why the planner does not know the recipe's model.
+    """
 
     lines: list[Line]
-    hours: tuple[float, float] | None
-    disk: tuple[float, float] | None
+    hours: tuple[float, float] | None = None
+    disk: tuple[float, float] | None = None
+    machine: str | None = None
+    unknown: str | None = None
 
 
 def outline(recipe: AtlasRecipe | DataRecipe, stages: Sequence[Stage]) -> Outline:
-    """The outline of these stages."""
-    planned = _plans(recipe, stages)
-    lines = [_line(recipe, stage, planned.get(stage.id)) for stage in stages]
+    """The outline of these stages: with numbers for a recipe that names its machine, else their commands."""
+    plain = [Line(stage.id, stage.kind, _command(stage), stage.settings) for stage in stages]
+    if isinstance(recipe, AtlasRecipe) or recipe.compute.cluster is None:
+        return Outline(plain)
+    from reproduce.cost.stages import cluster_of, shape_of
+
+    try:
+        shape = shape_of(recipe)
+    except InputError as error:
+        return Outline(plain, unknown=str(error))
+    cluster = cluster_of(recipe.compute)
+    planned = {stage.id: _planned(recipe, stage, shape) for stage in stages if stage.kind in (*OFFLINE, "policy")}
+    lines = [_line(line, recipe, planned.get(line.id), shape, cluster) for line in plain]
     known = [line.hours for line in lines if line.hours is not None]
     hours = (sum(h[0] for h in known), sum(h[1] for h in known)) if known else None
-    sizes = [line.disk for line in lines if line.disk is not None]
-    state = 2 * STATE * _parameters(recipe) / 1e9
-    return Outline(lines, hours, (round(sum(sizes), 1), round(state, 1)) if sizes else None)
-
-
-def _line(recipe: AtlasRecipe | DataRecipe, stage: Stage, plan: dict[str, Any] | None) -> Line:
-    made = Line(stage.id, stage.kind, _command(stage), stage.settings, disk=_disk(recipe, stage))
-    if plan is None:
-        return made
-    memory = (plan["peak"]["gib"], plan["limit_gib"])
-    hours = None if plan["hours"] is None else (plan["hours"][0], plan["hours"][1])
-    return Line(made.id, made.kind, made.command, made.settings, memory, plan["fits"], hours, made.disk)
+    state = max((2 * STATE * _trained(stage) / 1e9 for stage in planned.values()), default=0.0)
+    disk = (round(sum(line.disk or 0 for line in lines), 2), round(state, 2))
+    return Outline(lines, hours, disk, cluster.name)
 
 
 def _command(stage: Stage) -> str:
@@ -71,53 +88,71 @@ def _command(stage: Stage) -> str:
     return f"{target} in {compute['processes']} processes of `python -m reproduce.launch`, {compute['strategy']}"
 
 
-def _plans(recipe: AtlasRecipe | DataRecipe, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
-    """The planner's answer for every stage that trains, where the recipe says which model on which machine."""
-    if isinstance(recipe, AtlasRecipe) or recipe.hub is None or recipe.compute.cluster is None:
-        return {}
-    from reproduce.cost import hardware, shapes
-    from reproduce.cost.planner import Stage as Planned
+def _planned(recipe: DataRecipe, stage: Stage, shape: "Shape") -> "planner.Stage":
+    """A stage that trains, as the planner takes it."""
+    from reproduce.cost.stages import items_of, offline, online
+
+    if stage.kind == "policy":
+        return online(stage.id, shape, PolicySettings(**stage.settings["train"]))
+    settings = OFFLINE[stage.kind](**stage.settings["train"])
+    return replace(offline(stage.kind, shape, settings, items_of(recipe, stage.kind)), name=stage.id)
+
+
+def _line(
+    line: Line, recipe: DataRecipe, stage: "planner.Stage | None", shape: "Shape", cluster: "Cluster"
+) -> Line:  # fmt: skip
+    """The line with its numbers."""
+    from reproduce.cost.planner import Wish, plan
+    from reproduce.cost.stages import zero_of
+
+    if stage is None:
+        fetched = FETCHED * shape.parameters("policy") / 1e9
+        return replace(line, disk=round(fetched, 2)) if line.kind == "checkpoint" else line
+    found = plan(stage, cluster, Wish(zero_of(recipe.compute), own=True))
+    wrong = (
+        []
+        if found["fits"]
+        else [f"too large by its {found['breaks_first']['part']}; {_way_out(stage, cluster, found)}"]
+    )
+    wrong += [found["uneven"]] if found["uneven"] else []
+    return replace(
+        line,
+        memory=(found["peak"]["gib"], found["limit_gib"]),
+        fits=found["fits"],
+        hours=found["hours"] and (found["hours"][0], found["hours"][1]),
+        disk=round(WEIGHTS * _trained(stage) / 1e9, 2),
+        wrong=tuple(wrong),
+    )
+
+
+def _way_out(stage: "planner.Stage", cluster: "Cluster", own: dict[str, Any]) -> str:
+    """The settings with which a stage would fit that does not fit as it is, under its own strategy if any do."""
     from reproduce.cost.planner import Wish, plan
 
-    shape = shapes.from_config(recipe.hub.config, recipe.hub.id, f"recipe {recipe.name}: hub.config")
-    cluster = hardware.find(recipe.compute.cluster, recipe.compute.processes)
-    strategy = recipe.compute.strategy
-    wish = Wish(zero=int(strategy[-1]) if strategy.startswith("zero") else None)
-    found = {}
-    for stage in stages:
-        if stage.kind in SETTINGS:
-            settings = SETTINGS[stage.kind](**stage.settings["train"])
-            method = settings.algorithm.name if isinstance(settings, PolicySettings) else stage.kind
-            found[stage.id] = plan(Planned(stage.id, method, shape, settings, updates(recipe, stage)), cluster, wish)
-    return found
+    for wish in (Wish(own["zero"]), Wish()):
+        found = plan(stage, cluster, wish)
+        if found["fits"]:
+            return f"it would fit with {', '.join(_changes(own, found))}"
+    needed = found["devices_needed"]
+    return f"it would fit on {needed} of such devices" if needed else "it fits on no number of such devices"
 
 
-def updates(recipe: DataRecipe, stage: Stage) -> float | None:
-    """How many optimiser steps (of a policy: rollouts) the stage takes; None where the data is not known."""
-    train = stage.settings["train"]
-    if stage.kind == "policy":
-        return train["updates"]
-    if train["max_steps"] or recipe.expected is None:
-        return train["max_steps"]
-    e, share = recipe.expected, recipe.shares.get("sft" if stage.kind == "sft" else "value", 0.0)
-    pairs = min(e.pairs, recipe.pairs.per_prompt or e.pairs)
-    per_prompt = {"sft": 1, "gvm": min(e.responses, 2 * pairs)}.get(stage.kind, pairs)
-    items = min(e.prompts * share * per_prompt, recipe.pairs.most or float("inf"))
-    return -(-items * train["epochs"] // train["batch_size"])
+def _changes(own: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The settings in which two plans of a stage differ."""
+    named = {
+        "zero": f"compute.strategy: zero{found['zero']}",
+        "checkpointing": "gradient_checkpointing: true",
+        "frozen": "frozen: sharded",
+        "micro_batch": f"micro_batch_size: {found['micro_batch']}",
+        "offload": "the optimiser's state in main memory (dvpo train --offload)",
+    }
+    return [text for key, text in named.items() if found[key] != own[key]]
 
 
-def _disk(recipe: AtlasRecipe | DataRecipe, stage: Stage) -> float | None:
-    """GB of a stage's results, where they are a model's weights."""
-    if isinstance(recipe, AtlasRecipe) or recipe.hub is None:
-        return None
-    size = recipe.hub.parameters / 1e9
-    if stage.kind == "checkpoint":
-        return round(FETCHED * size, 1)
-    if stage.kind not in SETTINGS or stage.settings["train"]["lora"]:
-        return None
-    critic = stage.kind == "policy" and stage.settings["train"]["algorithm"]["name"] == "ppo"
-    return round(WEIGHTS * size * (2 if critic else 1), 1)
+def _trained(stage: "planner.Stage") -> int:
+    """Parameters that the stage trains and keeps, of all its models together; with an adapter those of it."""
+    from reproduce.cost.memory import trainable
+    from reproduce.cost.work import METHODS, Setup
 
-
-def _parameters(recipe: AtlasRecipe | DataRecipe) -> int:
-    return recipe.hub.parameters if isinstance(recipe, DataRecipe) and recipe.hub else 0
+    setup = Setup(lora_rank=stage.settings.lora.r if stage.settings.lora else None)
+    return sum(trainable(stage.shape, role, setup) for role in METHODS[stage.method].trained)
