@@ -11,8 +11,8 @@ probability of its name over that of both names among the five likeliest tokens.
   tatsu-lab/alpaca_eval, and the place that every instruction has among the 805.
 
 The published baseline is gpt-4-1106-preview. What differs: the judge's prompt is our own; a name counts with white
-space around it too; where the endpoint gives no log-probabilities, the name that it writes is the preference, 0 or 1;
-and what has no verdict is counted, with `bounds`.
+space around it too; where the endpoint gives no log-probability of the name that it writes, that name is the
+preference, 0 or 1; and what has no verdict is counted, with `bounds`.
 """
 
 import csv
@@ -175,11 +175,12 @@ def first_preferred(reply: Reply) -> float | None:
     for token, logprob in top.items():
         if token.strip() in weights:
             weights[token.strip()] += math.exp(logprob)
-    total = sum(weights.values())
-    if total > 0:
-        return weights[FIRST] / total
     written = (reply.text or "").strip(_AROUND)
-    return float(written == FIRST) if written in weights else None
+    # The name written is the likeliest: where its probability is not known, the other's alone would mislead.
+    if weights.get(written) == 0:
+        return float(written == FIRST)
+    total = sum(weights.values())
+    return weights[FIRST] / total if total > 0 else None
 
 
 def comparisons(

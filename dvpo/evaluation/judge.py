@@ -6,6 +6,7 @@ whoever asked, and asked again by the next run that is not offline.
 """
 
 import asyncio
+import math
 import os
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 KEY_NAMES = ("DVPO_JUDGE_API_KEY", "OPENAI_API_KEY")
 MISSING = "not in the archive"
+_ROUNDING = 1e-3  # of a log-probability of 0 in half precision
 CHARACTERS_PER_TOKEN = 4  # of English text under the tokenizers of today's judges, roughly
 _SORRY = re.compile(
     r"\W*(i['’]?m|i am|we['’]?re|we are)? ?(very |so |really )?(sorry|afraid|unable to)\b|\W*as an ai\b"
@@ -61,7 +63,8 @@ class Reply:
     """What came back: a text, or the reason why there is none.
 
     finish: the endpoint's finish_reason; "length" means that the text was cut at max_tokens.
-    logprobs: of every token of the text, {token: log-probability} of the likeliest ones; None where not asked for.
+    logprobs: of every token of the text, {token: log-probability} of the likeliest ones, without those that are no
+        log-probability; None where not asked for.
     model: what the endpoint says that it ran.
     detail: what the endpoint says is wrong with the request itself.
     """
@@ -221,9 +224,9 @@ class Judge:
                     f"URL and the key in {' or '.join(KEY_NAMES)}"
                 ) from error
             # Other errors may name the account in their text.
-            detail = error.message[:300] if error.status_code in (400, 413, 422) else None
+            detail = _text(error.message[:300]) if error.status_code in (400, 413, 422) else None
             return Reply(None, f"HTTP {error.status_code}", detail=detail)
-        except (openai.APIError, ValueError):  # a body that is no JSON, or not of this protocol
+        except (openai.APIError, ValueError, RecursionError):  # a body that is no JSON, or not of this protocol
             return Reply(None, "malformed response")
         return _read(answer)
 
@@ -235,21 +238,35 @@ def _nobody_there(error: Exception) -> bool:
 
 
 def _read(answer: Any) -> Reply:
-    """The reply in a chat completion."""
+    """The reply in a chat completion. The package checks no types: any field may hold any JSON value."""
     try:
-        choice, model = answer.choices[0], getattr(answer, "model", None)
-        text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
-        finish, logprobs = getattr(choice, "finish_reason", None), None
+        choice, model = answer.choices[0], _text(getattr(answer, "model", None))
+        text, refusal = _text(choice.message.content), getattr(choice.message, "refusal", None)
+        finish, logprobs = _text(getattr(choice, "finish_reason", None)), None
         if getattr(choice, "logprobs", None) is not None and choice.logprobs.content is not None:
-            logprobs = [{top.token: top.logprob for top in token.top_logprobs} for token in choice.logprobs.content]
-    except (AttributeError, IndexError, TypeError):
+            logprobs = [_likeliest(token.top_logprobs) for token in choice.logprobs.content]
+    except (AttributeError, LookupError, TypeError):
         return Reply(None, "malformed response")
     if refusal or finish == "content_filter":
         return Reply(None, "refused", finish, model=model)
-    if not isinstance(text, str):
+    if text is None:
         return Reply(None, "malformed response", finish, model=model)
-    # JSON can spell half a surrogate pair, which no file can take.
-    return Reply(text.encode("utf-8", "replace").decode("utf-8"), None, finish, logprobs, model)
+    return Reply(text, None, finish, logprobs, model)
+
+
+def _text(value: Any) -> str | None:
+    """The text, None where it is none. JSON can spell half a surrogate pair, which no file can take."""
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else None
+
+
+def _likeliest(tops: Any) -> dict[str, float]:
+    """{token: log-probability}. A negative infinity, also spelt null, is a token of no probability and left out."""
+    found = {}
+    for top in tops:
+        token, logprob = _text(top.token), top.logprob
+        if token is not None and isinstance(logprob, float) and -math.inf < logprob <= _ROUNDING:
+            found[token] = min(logprob, 0.0)
+    return found
 
 
 def why_no_verdict(reply: Reply) -> str:

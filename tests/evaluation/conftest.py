@@ -17,7 +17,8 @@ Script = Callable[[dict[str, Any], int], Any]
 @dataclass
 class FakeJudge:
     """`script(body, attempt)` says what to do with a request that came for the attempt-th time: a text to reply with,
-    or {"status", "retry_after"}, {"raw", "type"}, {"message", "finish", "logprobs"}, {"silence": seconds}, {"close"}.
+    or {"status", "raw", "retry_after"}, {"raw", "type"}, {"message", "finish", "logprobs", "model"},
+    {"silence": seconds}, {"close"}.
     """
 
     script: Script
@@ -67,7 +68,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif "status" in order:
             headers = {"Retry-After": str(order["retry_after"])} if "retry_after" in order else {}
-            self.send(order["status"], b'{"error": {"message": "no"}}', "application/json", headers)
+            body = order.get("raw", b'{"error": {"message": "no"}}')
+            self.send(order["status"], body, "application/json", headers)
         elif "raw" in order:
             self.send(200, order["raw"], order["type"], {})
         else:
@@ -77,7 +79,8 @@ class Handler(BaseHTTPRequestHandler):
                 "finish_reason": order.get("finish", "stop"),
                 "logprobs": order.get("logprobs"),
             }
-            answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "fake-0613", "choices": [choice]}
+            answer = {"id": "1", "object": "chat.completion", "created": 0, "choices": [choice]}
+            answer["model"] = order.get("model", "fake-0613")
             self.send(200, json.dumps(answer).encode(), "application/json", {})
 
     def send(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:

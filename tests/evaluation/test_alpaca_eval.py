@@ -96,6 +96,7 @@ def test_a_judge_that_likes_length_is_corrected() -> None:
         (Reply(' "M".\n'), 0.0),
         (Reply("m", logprobs=[]), 1.0),
         (Reply("M", logprobs=[{"The": -0.1}]), 0.0),
+        (Reply("m", logprobs=[{"M": -3.0}]), 1.0),
         (Reply("Mm"), None),
         (Reply(""), None),
         (Reply(None, "timed out"), None),

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import math
 import socket
 from pathlib import Path
 
 import pytest
 
 from dvpo.errors import InputError, StageError
+from dvpo.evaluation.alpaca_eval import first_preferred
 from dvpo.evaluation.archive import Archive
-from dvpo.evaluation.judge import MISSING, Judge, Reply, Request, count_failures, why_no_verdict
+from dvpo.evaluation.judge import MISSING, Judge, Reply, Request, count_failures, judge_identity, why_no_verdict
 from dvpo.evaluation.judge_prompt import JudgePrompt, chat
 
 pytest.importorskip("openai", reason="a judge needs dvpo[judge]")
@@ -121,6 +123,8 @@ def test_a_failure_is_a_reply_that_is_asked_for_again(reason, fake_judge, tmp_pa
         {"raw": b"[1]", "type": "application/json"},
         {"raw": b"\xff\xfe\x00", "type": "application/json"},
         {"raw": b'{"choices": [{"message": {"content": 7}}]}', "type": "application/json"},
+        {"raw": b'{"choices": {}}', "type": "application/json"},
+        {"raw": b"[" * 100_000, "type": "application/json"},
         {"message": {"content": None}},
     ],
 )
@@ -133,6 +137,48 @@ def test_broken_unicode_can_be_archived(fake_judge, tmp_path) -> None:
     server = fake_judge(lambda body, attempt: "good \ud83d [[7]]")
     assert judge_at(server.url, tmp_path).ask([request()])[0].text == "good ? [[7]]"
     assert judge_at(None, tmp_path, offline=True).ask([request()])[0].text == "good ? [[7]]"
+
+
+def test_broken_unicode_in_a_refused_request_can_be_archived(fake_judge, tmp_path) -> None:
+    server = fake_judge(lambda body, attempt: {"status": 400, "raw": b'"\\ud83d"'})
+    asked, offline = judge_at(server.url, tmp_path), judge_at(None, tmp_path, offline=True)
+    for judge in (asked, offline):
+        assert judge.ask([request()])[0].detail == "Error code: 400 - ?"
+
+
+def with_tops(*tops: tuple[object, object], **changes: object) -> dict:
+    """A reply "m" whose only token has these likeliest (token, log-probability)."""
+    likeliest = [{"token": t, "bytes": None, "logprob": x} for t, x in tops]
+    content = [{"token": "m", "bytes": None, "logprob": -0.25, "top_logprobs": likeliest}]
+    return {"message": {"content": "m"}, "logprobs": {"content": content}, **changes}
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        *((with_tops(("m", x), ("M", -1.5)), {"logprobs": [{"M": -1.5}]}) for x in (None, 1e4, 0.01, "x", [], {})),
+        *((with_tops(("m", x), ("M", -1.5)), {"logprobs": [{"M": -1.5}]}) for x in (-math.inf, math.inf, math.nan)),
+        *((with_tops((t, -0.25), ("M", -1.5)), {"logprobs": [{"M": -1.5}]}) for t in (5, None, True, ["m"], {})),
+        (with_tops(("m", 1e-6), ("M", -9999)), {"logprobs": [{"m": 0.0, "M": -9999.0}]}),
+        (with_tops(("m", 0), ("M", -1)), {"logprobs": [{"m": 0.0, "M": -1.0}]}),
+        (with_tops((HALF, -0.25), ("M", -1.5)), {"logprobs": [{"?": -0.25, "M": -1.5}]}),
+        *((with_tops(finish=x), {"finish": None}) for x in (5, True, {}, {"a": 1}, [1])),
+        *((with_tops(model=x), {"model": None}) for x in (5, True, {}, {"a": 1}, [1])),
+        (with_tops(finish=f"stop{HALF}", model=f"fake{HALF}"), {"finish": "stop?", "model": "fake?"}),
+    ],
+)
+def test_what_is_of_no_use_in_a_reply_is_left_out(order, expected, fake_judge, tmp_path) -> None:
+    server = fake_judge(lambda body, attempt: order)
+    asked, offline = judge_at(server.url, tmp_path), judge_at(None, tmp_path, offline=True)
+    for judge in (asked, offline):
+        reply = judge.ask([request(top_logprobs=5)])[0]
+        assert (reply.text, reply.failure) == ("m", None)
+        assert {name: getattr(reply, name) for name in expected} == expected
+        assert set(judge_identity("m", "p", [reply])["reported_models"]) <= {"fake-0613", "fake?"}
+        assert first_preferred(reply) > 0.7  # it wrote m, whatever is left of its probabilities
 
 
 def test_a_filtered_reply_is_a_refusal_and_a_short_one_says_so(fake_judge, tmp_path) -> None:
