@@ -4,7 +4,7 @@ An answer is known by the policy's digest, the messages, the temperature, the le
 seed, and is sampled with a seed made of these: an interrupted run gives the answers of one that was not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -175,37 +175,92 @@ def _record(response: list[int] | None, tokenizer: Any) -> dict[str, Any]:
     return {"text": text, "failure": None, "cut": response[-1:] != [tokenizer.eos_token_id]}
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a file of answers, and how it names its question: by its id, its text, or both."""
+
+    origin: str
+    id: str | None
+    text: str | None
+    turns: tuple[str, ...]
+
+
 class AnswersOfFile:
     """Answers that somebody else made: the rows of a .jsonl file.
 
-    A row names its question by "id", "question_id" or "uid", or by the question's text in "instruction" or "prompt".
+    A row names its question by the text of its first turn in "instruction" or "prompt", by "id", "question_id" or
+    "uid", or by both. The number of a question that has no id of its own counts only where the row has no text.
     It answers in "turns" (texts), "output" (one text), "choices"[0]["turns"] or the assistant's "messages", and may
     name who answers: "model", "model_id" or "generator".
     """
 
     def __init__(self, path: Path):
-        """Raises InputError where a row is malformed, or answers a question again."""
-        self.answers: dict[str, tuple[str, ...]] = {}
-        names = set()
+        """Raises InputError where a row is malformed, or its question named again."""
+        self.rows: list[_Row] = []
+        names, known = set(), set()
         for origin, row in read_rows(path):
-            question = _first(row, "id", "question_id", "uid", "instruction", "prompt")
+            given, text = _first(row, "id", "question_id", "uid"), _opening(_first(row, "instruction", "prompt"))
+            name = None if given is None else str(given)
+            question = text if name is None else name
             if question is None:
                 raise InputError(f'{origin}: no "question_id" or "instruction" names the question; mend the row')
-            if str(question) in self.answers:
-                raise InputError(f"{origin}: a second answer to question {str(question)[:60]}; keep one of them")
-            self.answers[str(question)] = _turns(row, origin)
+            if question in known:
+                raise _again(origin, question)
+            known.add(question)
+            self.rows.append(_Row(origin, name, text, _turns(row, origin)))
             names.add(str(_first(row, "model", "model_id", "generator") or path.stem))
         self.identity = {"name": ", ".join(sorted(names)) or path.stem, "answers_sha256": sha256_file(path)}
 
     def to(
         self, questions: Sequence[Question], temperatures: Sequence[float], *, archived_only: bool = False
     ) -> list[Answer]:
-        """See `Answers`. Temperatures say nothing to answers that are there already."""
-        found = [self.answers.get(q.id, self.answers.get(q.turns[0], ())) for q in questions]
+        """See `Answers`. Temperatures say nothing to answers that are there already.
+
+        Raises:
+            InputError: a row's id and text are of different questions, two rows answer one question, or ids are
+                numbers from 0 where those of the questions are numbers from 1.
+        """
+        by_id: dict[str | None, Question] = {q.id: q for q in questions}
+        by_text: dict[str | None, list[Question]] = {}
+        for q in questions:
+            by_text.setdefault(q.turns[0].strip(), []).append(q)
+        found: dict[str, tuple[str, ...]] = {}
+        for row in self.rows:
+            for q in _answered(row, by_id, by_text):
+                if q.id in found:
+                    raise _again(row.origin, q.id)
+                found[q.id] = row.turns
+        turns = [found.get(q.id, ()) for q in questions]
         return [
-            Answer(turns[: len(q.turns)]) if len(turns) >= len(q.turns) else Answer((), NOT_IN_FILE)
-            for q, turns in zip(questions, found, strict=True)
+            Answer(said[: len(q.turns)]) if len(said) >= len(q.turns) else Answer((), NOT_IN_FILE)
+            for q, said in zip(questions, turns, strict=True)
         ]
+
+
+def _again(origin: str, question: str) -> InputError:
+    return InputError(f"{origin}: a second answer to question {question[:60]}; keep one of them")
+
+
+def _answered(
+    row: _Row, by_id: Mapping[str | None, Question], by_text: Mapping[str | None, list[Question]]
+) -> list[Question]:
+    """The questions that a row answers: several where their texts are the same and no id says which."""
+    named, told = by_id.get(row.id), by_text.get(row.text, [])
+    if row.id == "0" and row.text is None and named is None and any(q.numbered for q in by_id.values()):
+        raise InputError(
+            f'{row.origin}: id 0, but questions without ids are numbered from 1; give "instruction", or number so too'
+        )
+    if named is None or (named.numbered and row.text is not None):
+        return told
+    if told and named not in told:
+        raise InputError(f"{row.origin}: id {row.id} is not that of the question with this text; mend one of them")
+    return [named]
+
+
+def _opening(value: Any) -> str | None:
+    """The first turn of one text or several; None where there is none, or a talk, which is not known by its start."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first.strip() if isinstance(first, str) else None
 
 
 def _turns(row: dict[str, Any], origin: str) -> tuple[str, ...]:
@@ -216,7 +271,7 @@ def _turns(row: dict[str, Any], origin: str) -> tuple[str, ...]:
             said = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
         else:
             said = row["turns"] if "turns" in row else [row["output"]]
-        texts = tuple(_text(s) for s in said)
+        texts = tuple(_text(s) for s in (said if isinstance(said, list) else [said]))
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(f'{origin}: no answer in "turns", "output", "choices" or "messages"; mend the row') from error
     return texts

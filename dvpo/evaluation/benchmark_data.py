@@ -35,6 +35,7 @@ class Question:
 
     reference: a right answer to each turn; none, or an empty one, where there is none.
     context: the messages before the first turn, where there are any.
+    numbered: whether the id is only the row's number.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Question:
     category: str = ""
     reference: tuple[str, ...] = ()
     context: tuple[Message, ...] = ()
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def _question(row: dict[str, Any], origin: str, number: str) -> Question:
         _texts(_first(row, "turns", "prompt", "instruction"), "turns", origin),
         "" if category is None else str(category),
         _texts(row["reference"], "reference", origin) if row.get("reference") else (),
+        numbered=name is None,
     )
 
 

@@ -1,6 +1,7 @@
 """A policy's answers: archived, the same again, turn after turn; and answers from files of several forms."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from dvpo.data.templates import encode_prompt
 from dvpo.errors import InputError
 from dvpo.evaluation.answers import NOT_IN_FILE, TOO_LONG, AnswersOfFile, AnswersOfPolicy
 from dvpo.evaluation.archive import Archive
-from dvpo.evaluation.benchmark_data import Question
+from dvpo.evaluation.benchmark_data import Question, load
 from dvpo.evaluation.judge import MISSING
 from dvpo.rollout.transformers import TransformersEngine
 
@@ -78,6 +79,11 @@ def test_looking_up_makes_nothing(policy, tmp_path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def test_forms_of_answer_files(tmp_path) -> None:
     rows = [
         {"id": "0", "turns": ["a", "b"]},
@@ -92,15 +98,73 @@ def test_forms_of_answer_files(tmp_path) -> None:
         },
         {"instruction": QUESTIONS[3].turns[0], "output": "only one turn", "generator": "gpt"},
     ]
-    path = tmp_path / "x.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    source = AnswersOfFile(path)
+    source = AnswersOfFile(write(tmp_path / "x.jsonl", rows))
     found = source.to(QUESTIONS, HOT)
     assert [a.turns for a in found] == [("a", "b"), ("c", "d"), ("e", "f"), (), ()]
     assert [a.failure for a in found[3:]] == [NOT_IN_FILE] * 2
     one_turn = Question("3", (QUESTIONS[3].turns[0],))
     assert source.to([one_turn], [0.0])[0].turns == ("only one turn",)
     assert source.identity["name"] == "gpt, x"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"turns": "Paris it is."},
+        {"turns": {"content": "Paris it is."}},
+        {"choices": [{"turns": "Paris it is."}]},
+        {"output": "Paris it is."},
+    ],
+)
+def test_one_text_is_one_turn(answer, tmp_path) -> None:
+    path = write(tmp_path / "x.jsonl", [{"id": "1", **answer}])
+    assert AnswersOfFile(path).to([Question("1", ("Where?",))], [0.0])[0].turns == ("Paris it is.",)
+
+
+TEXTS = ("Who?", "Where?", "When?")
+
+
+def paired(folder, questions: list[dict], rows: list[dict]) -> list[str]:
+    """The answer to each question, "-" where the file has none."""
+    asked = load("alpaca_eval", write(folder / "q.jsonl", questions)).questions
+    found = AnswersOfFile(write(folder / "x.jsonl", rows)).to(asked, [0.0] * len(asked))
+    return [a.turns[0] if a.failure is None else "-" for a in found]
+
+
+def test_the_text_of_a_question_says_more_than_a_number(tmp_path) -> None:
+    bare = [{"instruction": t} for t in TEXTS]
+    rows = [{"id": i, "instruction": f"{t}\n", "output": f"to {t}"} for i, t in enumerate(TEXTS)]
+    assert paired(tmp_path, bare, rows) == ["to Who?", "to Where?", "to When?"]
+    assert paired(tmp_path, bare, rows[:2]) == ["to Who?", "to Where?", "-"]
+    other = [{"id": 1, "prompt": "<user>Where?", "output": "to Where?"}]
+    assert paired(tmp_path, bare, other) == ["-", "-", "-"]
+    by_number = [{"id": i, "output": f"number {i}"} for i in (1, 3)]
+    assert paired(tmp_path, bare, by_number) == ["number 1", "-", "number 3"]
+
+
+def test_an_id_tells_questions_of_one_text_apart_and_stands_where_the_text_is_of_none(tmp_path) -> None:
+    named = [{"id": i, "instruction": t} for i, t in (("a", "Who?"), ("b", "Who?"), ("c", "When?"))]
+    rows = [{"id": i, "instruction": "Who?", "output": f"by {i}"} for i in "ba"]
+    rows.append({"id": "c", "prompt": "<user>When?", "output": "by c"})
+    assert paired(tmp_path, named, rows) == ["by a", "by b", "by c"]
+    assert paired(tmp_path, named, [{"instruction": "Who?", "output": "both"}]) == ["both", "both", "-"]
+    assert paired(tmp_path, named, [{"id": 7, "prompt": ["When?", "Why?"], "output": "then"}]) == ["-", "-", "then"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows", "says"),
+    [
+        ("abc", [{"id": "a", "instruction": "Who?"}, {"id": "c", "instruction": "Where?"}], "2: id c is not that of"),
+        ("abc", [{"id": "s1", "prompt": "Who?"}, {"id": "s2", "prompt": "Who?"}], "2: a second answer to question a"),
+        ("abc", [{"id": "a"}, {"prompt": "Who?"}], "2: a second answer to question a"),
+        ("", [{"id": 0}, {"id": 1}, {"id": 2}], "1: id 0, but questions without ids are numbered from 1"),
+    ],
+)
+def test_answers_that_name_no_question_for_certain_are_refused(ids, rows, says, tmp_path) -> None:
+    questions = [{"instruction": t} for t in TEXTS]
+    questions = [{"id": i, **q} for i, q in zip(ids, questions, strict=True)] if ids else questions
+    with pytest.raises(InputError, match=rf"x\.jsonl:{says}"):
+        paired(tmp_path, questions, [{**row, "output": "some"} for row in rows])
 
 
 @pytest.mark.parametrize(
