@@ -3,8 +3,8 @@
 The protocol is that of Li et al. 2024 (arXiv:2406.11939) as lmarena/arena-hard-auto has it. In the first game the
 baseline is assistant A, in the second the policy is. The judge answers the prompt itself first, then compares, and
 ends with one of [[A>>B]], [[A>B]], [[A=B]], [[B>A]], [[B>>A]] (the maintained code also takes [[B=A]], [[A<B]],
-[[A<<B]] and their mirrors); if no label is there it is asked once more to finish; labels that contradict one another
-are no verdict. A strong verdict (>>) counts as three games. Answers and judgments are made at temperature 0 with at
+[[A<<B]] and their mirrors); if no label is there it is asked once more to finish; several labels that differ are no
+verdict. A strong verdict (>>) counts as three games. Answers and judgments are made at temperature 0 with at
 most 4096 tokens; the published baseline is gpt-4-0314.
 
 Two numbers come out of the games, each a win rate in percent:
@@ -15,7 +15,8 @@ Two numbers come out of the games, each a win rate in percent:
 - `mean`, as the maintained code: the plain mean over the games of those prompts both of whose games have a verdict.
   We draw whole prompts for its 95 % interval; the maintained code draws games, for a 90 % one.
 
-What differs: the judge's prompt is our own, and what has no verdict is counted, with `bounds`.
+What differs: the judge's prompt is our own, "[[A]]" and the like are no labels, and what has no verdict is counted,
+with `bounds`.
 """
 
 import re
@@ -36,9 +37,9 @@ STRONG_WEIGHT = 3
 MAX_NEW_TOKENS = 4096
 JUDGE_TOKENS = 4096
 RESAMPLES = 1000
-_LABEL = re.compile(r"\[\[([AB<>=]+)\]\]")
 _A_WINS = {"A>>B": 1.0, "B<<A": 1.0, "A>B": 1.0, "B<A": 1.0, "A=B": 0.5, "B=A": 0.5}
 _A_WINS |= {"A<B": 0.0, "B>A": 0.0, "A<<B": 0.0, "B>>A": 0.0}
+_LABEL = re.compile(rf"\[\[({'|'.join(_A_WINS)})\]\]")
 
 Floats = NDArray[np.float64]
 
@@ -143,7 +144,7 @@ def ask(judge: Judge, asked: Sequence[Request], prompt: JudgePrompt) -> list[Rep
 def label(text: str) -> str | None:
     """The judge's verdict; None where there is none, or several that differ."""
     found = set(_LABEL.findall(text))
-    return found.pop() if len(found) == 1 and found <= set(_A_WINS) else None
+    return found.pop() if len(found) == 1 else None
 
 
 def games(

@@ -5,9 +5,9 @@ an answer goes by its category; math, reasoning and coding are judged beside a r
 judged with the whole talk before the judge; the judge answers at temperature 0 with at most 2048 tokens; its rating is
 the first [[n]], else the first [n]; what has no rating is left out of the mean over both turns.
 
-What differs: the judge's prompt is our own; a number outside 0 to 10 is no rating; what has none is counted, and
-`bounds` says what it could have changed. FastChat's references are GPT-4's answers; where only the question file's own
-short ones are at hand, those are shown.
+What differs: the judge's prompt is our own; white space and "/10" may stand in the brackets ("[[8/10]]"); a number
+outside 0 to 10 is no rating; what has none is counted, and `bounds` says what it could have changed. FastChat's
+references are GPT-4's answers; where only the question file's own short ones are at hand, those are shown.
 """
 
 import re
@@ -29,7 +29,8 @@ WITH_REFERENCE = ("math", "reasoning", "coding")
 MAX_NEW_TOKENS = 1024
 JUDGE_TOKENS = 2048
 LOWEST, HIGHEST = 1, 10
-_PATTERNS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+_NUMBER = r"\s*(\d+\.?\d*)\s*(?:/\s*10\s*)?"
+_PATTERNS = (re.compile(rf"\[\[{_NUMBER}\]\]"), re.compile(rf"\[{_NUMBER}\]"))
 
 _SYSTEM = """
 You grade answers of an AI assistant. Be impartial: neither the length of an answer nor its tone earns points by itself.

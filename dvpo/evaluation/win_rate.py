@@ -28,7 +28,14 @@ Shown = Literal["alone", "together"]
 MAX_NEW_TOKENS = 1024
 JUDGE_TOKENS = 512
 MOST_POINTS = 5
-_SCORE = r"\bscore{}[\s:=*_<(\[]{{0,6}}(\d+(?:\.\d+)?)"
+_MARKS = r"[\s*_`\"']*"
+_SCORE = r"""
+    (?<![^\W_]) score {side} {marks} (?: [(\[] [^()\[\]\n]* [)\]] {marks} )?  # "Score (0-5)"
+    [:=\uff1a] (?! [^\S\n]* \n\s* \d+ [.)] \s )  # no list of the criteria follows
+    {marks} [<(\[]* {marks} (\d++ (?: \.\d++ )?+)
+    (?! [ \t]* [-\u2013\u2014+] [ \t]* \d | [ \t]+ (?:to|or) [ \t]+ \d | ,\d )  # no range, sum or other spelling
+    (?! [ \t*_]* \(? (?: / | (?:out[ ])? of[ ] ) \s* (?!5\b) \d )  # no other scale than that of five points
+"""
 
 _CRITERIA = """
 Each criterion that an answer meets adds one point, from 0 to 5 in all:
@@ -113,10 +120,14 @@ def asked_of(question: Question) -> str:
 
 
 def points(text: str, sides: Sequence[str] = ("",)) -> tuple[float, ...] | None:
-    """The score of each side ("A" and "B"; "" where there is one); None where one lacks or is not between 0 and 5."""
+    """The score of each side ("A" and "B"; "" where there is one); None where one lacks or is not between 0 and 5.
+
+    The first number after "score" and a colon or = counts, unless it is of a range, a sum, a list or another scale.
+    """
     found = []
     for side in sides:
-        match = re.search(_SCORE.format(rf"\s+{side}\b" if side else ""), text, re.IGNORECASE)
+        pattern = _SCORE.format(side=rf"\s+{side}\b" if side else "", marks=_MARKS)
+        match = re.search(pattern, text, re.IGNORECASE | re.VERBOSE)
         if match is None or float(match[1]) > MOST_POINTS:
             return None
         found.append(float(match[1]))

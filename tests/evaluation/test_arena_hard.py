@@ -29,6 +29,7 @@ THEIRS = [Answer((f"theirs {q.id}",)) for q in QUESTIONS]
         ("[[A>B]] or rather [[A=B]]", None),
         ("[[A<<B]]", "A<<B"),
         ("[[A]]", None),
+        ("The matrix [[A]] is right: [[B>A]]", "B>A"),
         ("A>>B", None),
         ("[A>B]", None),
         ("", None),

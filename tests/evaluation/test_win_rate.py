@@ -26,6 +26,33 @@ THEIRS = [Answer((f"theirs {q.id}",)) for q in QUESTIONS]
         ("score = 4.5", (4.5,)),
         ("Score: 5/5", (5,)),
         ("Score: 0", (0,)),
+        ("Score (0-5): 4", (4,)),
+        ("Score [0 to 5]: 3", (3,)),
+        ("**Score (out of 5):** **4**/5", (4,)),
+        ("Score: 4 out of 5", (4,)),
+        ("Score: 4 (of 5)", (4,)),
+        ("Score: [[4]]", (4,)),
+        ("Score: (3.5/5)", (3.5,)),
+        ("Score: 4. It is good.", (4,)),
+        ("Score: 4 - good", (4,)),
+        ("Score: 4\nOf 3 claims one is wrong.", (4,)),
+        ("Score: 4\n- 1 point is missing for focus", (4,)),
+        ("Score:\n**4**\nEvaluation evidence: good", (4,)),
+        ("### __Total score__: 3", (3,)),
+        ("Score\uff1a4", (4,)),
+        ('{"score": 4, "evaluation evidence": "good"}', (4,)),
+        ("To score 5 points an answer must be perfect. Score: 2", (2,)),
+        ("Score: 0-5\nScore: 3", (3,)),
+        ("Score: <total>\nScore: 3", (3,)),
+        ("Score: (0-5) 4", None),
+        ("Score: 3\u20134", None),
+        ("Score: 3 or 4", None),
+        ("Score: 4,5", None),
+        ("Score: 1 + 1 + 1 + 0 + 0 = 3", None),
+        ("Score:\n1. It is on the topic: 1\n2. It deals with a part: 1\nTotal: 2", None),
+        ("Score: 4/10", None),
+        ("Score: **4** out of 10", None),
+        ("A score of 5 is rare.", None),
         ("Score: 6", None),
         ("Score: 45", None),
         ("Score: -1", None),
@@ -42,7 +69,10 @@ def test_the_papers_form(text: str, expected: tuple[float, ...] | None) -> None:
 def test_two_scores_are_told_apart_by_their_letters() -> None:
     assert points("Score A: 4\nScore B: 2\nEvaluation evidence: ...", "AB") == (4, 2)
     assert points("Score B: 2\n**Score A**: 4", "AB") == (4, 2)
+    assert points("Score A (0-5): 4\nScore B (0-5): 2", "AB") == (4, 2)
+    assert points('{"Score A": 4, "Score B": 2}', "AB") == (4, 2)
     assert points("Score A: 4", "AB") is None
+    assert points("Score A/B: 4/2", "AB") is None
     assert points("Score A: 4 Score B: 9", "AB") is None
 
 
