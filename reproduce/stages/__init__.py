@@ -41,7 +41,7 @@ KINDS = {
     "lemma": Kind(1, "pictures:lemma"),
     "pairwise": Kind(2, "evaluation:pairwise"),
     "rewardbench": Kind(1, "benchmarks:rewardbench"),
-    "mt_bench": Kind(1, "benchmarks:mt_bench"),
-    "arena_hard": Kind(1, "benchmarks:arena_hard"),
-    "alpaca_eval": Kind(1, "benchmarks:alpaca_eval"),
+    "mt_bench": Kind(2, "benchmarks:mt_bench"),
+    "arena_hard": Kind(2, "benchmarks:arena_hard"),
+    "alpaca_eval": Kind(2, "benchmarks:alpaca_eval"),
 }
