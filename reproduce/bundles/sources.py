@@ -73,13 +73,15 @@ class TarSource:
         try:
             self.tar = tarfile.open(path, "r:")  # noqa: SIM115 (open as long as the source is)
             for member in self.tar:
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    raise StageError(f"{path}: {member.name!r} is a link, folder or device; only files are unpacked")
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+                    raise StageError(
+                        f"{path}: {member.name!r} is no plain file (a link, folder, device or sparse file)"
+                    )
                 check_path(member.name, str(path))
                 if member.name in self.members:
                     raise StageError(f"{path}: {member.name!r} stands in it twice")
                 self.members[member.name] = member
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # ValueError: numbers in a header
             raise StageError(f"{path}: not a whole uncompressed tar file ({error})") from error
 
     def small(self, name: str, most: int) -> bytes:

@@ -186,6 +186,30 @@ class TestPull:
         assert list((tmp_path / "b").iterdir()) == []
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
+    @pytest.mark.parametrize(
+        ("headers", "word"),
+        [
+            ({"size": "9" * 30}, "not a whole"),
+            ({"GNU.sparse.map": "a,b"}, "not a whole"),
+            ({"GNU.sparse.size": "many"}, "not a whole"),
+            ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, "not a whole"),
+            ({"GNU.sparse.map": "0,1000000", "GNU.sparse.size": "1000000"}, "sparse"),
+            ({"path": "/etc/evil.json"}, "plain path"),
+            ({"path": "./config.json"}, "plain path"),
+        ],
+    )
+    def test_an_archive_with_hostile_headers(
+        self, dvpo: Any, bundle: Path, tmp_path: Path, headers: dict[str, str], word: str
+    ) -> None:
+        archive = tmp_path / "bundle.tar"
+        with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.add(bundle / "manifest.json", "manifest.json")
+            info = tarfile.TarInfo("config.json")
+            info.size, info.pax_headers = 10, headers
+            tar.addfile(info, io.BytesIO(b"x" * 10))
+        dvpo("pull", archive, "--out", tmp_path / "out").differs(word)
+        assert not (tmp_path / "out").exists()
+
     def test_a_broken_archive(self, dvpo: Any, run: Path, tmp_path: Path) -> None:
         archive = tmp_path / "bundle.tar"
         assert dvpo("release", run, "--out", archive).code == 0
