@@ -283,7 +283,8 @@ def pull(
 ) -> None:
     """Fetch a released checkpoint, and check it before it is used.
 
-    A pull that was cut goes on when the same command is run again.
+    The name of a released checkpoint goes before a folder of that name: write ./NAME for the folder. A pull that was
+    cut goes on when the same command is run again.
     """
     from reproduce.commands import release
 

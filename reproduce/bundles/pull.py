@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dvpo.data.splits import is_hub_id
 from dvpo.errors import InputError, StageError
@@ -23,6 +24,7 @@ from reproduce.bundles.manifest import (
 from reproduce.bundles.sources import FolderSource, Source, TarSource, WebSource, fetch_url
 from reproduce.bundles.verify import check
 
+_WEB = ("http://", "https://")
 REGISTRY = Path(__file__).parents[1] / "checkpoints.json"
 MOST_SIGNATURE_BYTES = 1_000_000
 
@@ -80,14 +82,15 @@ def pull(
 
 
 def locate(name: str) -> Place:
-    """Where a bundle of this name is. Raises InputError for a name that leads nowhere."""
-    if name.startswith(("http://", "https://")):
+    """Where a bundle of this name is. Raises InputError for a name that leads nowhere.
+
+    A name of the registry is looked up before a folder, which has no known digest: `./NAME` is the folder.
+    """
+    if name.startswith(_WEB):
         return Place(name, None)
-    if Path(name).is_dir() or (name.endswith(".tar") and Path(name).is_file()):
-        return Place(name, None)
-    registry = json.loads(REGISTRY.read_text(encoding="utf-8"))
-    if name in registry:
-        entry = registry[name]
+    released = registry()
+    if name in released:
+        entry = released[name]
         if entry["source"] is None:
             raise InputError(f"{name}: {entry['verdict']}; {entry['note']}")
         where = REGISTRY.parents[1] / entry["source"]
@@ -96,13 +99,20 @@ def locate(name: str) -> Place:
                 f"{name}: {entry['source']} is not in this installation; it is in the project's repository"
             )
         return Place(str(where), entry["sha256"])
+    if Path(name).is_dir() or (name.endswith(".tar") and Path(name).is_file()):
+        return Place(name, None)
     if is_hub_id(name):
         return Place(name, None)
-    known = ", ".join(n for n, e in registry.items() if e["source"])
+    known = ", ".join(n for n, e in released.items() if e["source"])
     raise InputError(
         f"{name}: no such folder, .tar file or released checkpoint (released: {known or 'none'}); "
         "a hub id is written owner/name@REVISION, with a commit or tag as the revision"
     )
+
+
+def registry() -> dict[str, dict[str, Any]]:
+    """{name: source, sha256, verdict, note} of the checkpoints that are known by name."""
+    return json.loads(REGISTRY.read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -113,7 +123,7 @@ def _opened(place: Place, root: Path, most_gb: float) -> Iterator[Source]:
         yield TarSource(Path(place.where))
     else:
         _require_network(place.where)
-        if not place.where.startswith("http"):
+        if not place.where.startswith(_WEB):
             from huggingface_hub import get_token, hf_hub_url
 
             hub_id, _, revision = place.where.partition("@")

@@ -7,7 +7,7 @@ from typing import Any
 
 from dvpo.data.splits import is_hub_id
 from dvpo.errors import InputError, StageError
-from reproduce.commands.common import print_json, table_text
+from reproduce.commands.common import print_json, say, table_text
 
 
 def release(
@@ -38,9 +38,12 @@ def pull(
 ) -> None:
     """Fetches a bundle and says its digest."""
     from reproduce.bundles.pull import pull as fetch
+    from reproduce.bundles.pull import registry
 
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise InputError(f"--sha256 {sha256}: give the 64 digits that `dvpo release` or `dvpo verify` prints")
+    if name in registry() and Path(name).exists():
+        say(f"{name} is taken for the released checkpoint; write ./{name} for what has that name here")
     _print(*fetch(name, out, sha256, max_gb, public_key), as_json)
 
 

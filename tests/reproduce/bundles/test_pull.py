@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from dvpo.files import sha256_tree
 from reproduce.bundles import sources
 from reproduce.bundles.manifest import manifest_bytes
-from reproduce.bundles.pull import pull
+from reproduce.bundles.pull import REGISTRY, pull
 
 
 @dataclass
@@ -233,6 +233,23 @@ class TestPull:
         assert dvpo("pull", "owner/name@v1", "--out", tmp_path / "out").code == 0
         moving = dvpo("pull", "owner/name@main")
         assert (moving.code, "REVISION" in moving.err) == (2, True)
+
+    def test_a_hub_id_that_begins_like_an_address(
+        self, dvpo: Any, tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda hub_id, name, revision: f"{web.url}/{name}")
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+        assert dvpo("pull", "httpx/model@v1", "--out", tmp_path / "out").code == 0
+
+    def test_a_released_name_is_not_the_folder_here(
+        self, dvpo: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        bundle.rename(tmp_path / "gvm-tiny")
+        released = dvpo("pull", "gvm-tiny", "--json")
+        assert json.loads(released.out)["sha256"] == json.loads(REGISTRY.read_text())["gvm-tiny"]["sha256"]
+        assert "./gvm-tiny" in released.err
+        assert json.loads(dvpo("pull", "./gvm-tiny", "--json").out)["name"] == "gvm-micro"
 
     def test_the_paper_s_checkpoints_are_not_released(self, dvpo: Any) -> None:
         outcome = dvpo("pull", "llama3-8b-base-gvm")
