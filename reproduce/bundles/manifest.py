@@ -41,7 +41,9 @@ class Difference:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+        """One line, whatever the names of files and tensors hold."""
+        text = f"{self.where}: {self.what}"
+        return text if text.isprintable() else repr(text)[1:-1]
 
 
 class File(Settings):
@@ -145,6 +147,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     if canonical != data:
         raise StageError(f"{where}: it was changed (its content does not have the digest that it carries)")
     _check_paths(manifest, where)
+    _check_metrics(manifest, where)
     return manifest
 
 
@@ -166,16 +169,31 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_paths(manifest: Manifest, where: str) -> None:
     if len(manifest.files) > MOST_FILES:
         raise StageError(f"{where}: {len(manifest.files)} files; a bundle has at most {MOST_FILES}")
-    folded: set[str] = set()
+    folded = {MANIFEST, SIGNATURE}
     for name in manifest.files:
         check_path(name, where)
         if not name.endswith(SUFFIXES):
             raise StageError(f"{where}: {name!r} is of no kind that a bundle may hold ({', '.join(SUFFIXES)})")
-        if name in (MANIFEST, SIGNATURE) or name.casefold() in folded:
+        if name.endswith(".safetensors") and "/" in name:
+            raise StageError(f"{where}: {name!r} is in a folder of the bundle; its weights stand at the top")
+        if name.casefold() in folded:
             raise StageError(f"{where}: {name!r} is listed twice")
         folded.add(name.casefold())
+    if clash := folded.intersection(str(parent) for name in folded for parent in PurePosixPath(name).parents):
+        raise StageError(f"{where}: {min(clash)!r} is listed as a file and as a folder")
     if (manifest.signed_by is not None) != (KEY in manifest.files):
         raise StageError(f"{where}: a signed bundle holds {KEY}, and only a signed one")
+
+
+def _check_metrics(manifest: Manifest, where: str) -> None:
+    """A metric is one of the bundle's own model, on data inside the bundle or given by the user."""
+    for metric in manifest.metrics:
+        if metric.settings.get("subfolder"):
+            raise StageError(f"{where}: metric {metric.name} is of a model in a subfolder, not of the bundle's own")
+        split = metric.settings.get("split")
+        for path in (split, *(source.folder for source in metric.inputs.values())):
+            if path is not None:
+                check_path(str(path), where)
 
 
 def check_path(name: str, where: str) -> None:

@@ -26,6 +26,7 @@ from reproduce.bundles.manifest import (
     MetricInput,
     StageRecord,
     manifest_bytes,
+    parse_manifest,
 )
 from reproduce.bundles.trained import PREFIX, trained_stage
 from reproduce.pipeline import load_result
@@ -286,7 +287,7 @@ def _write(
     }
     data_bytes = manifest_bytes(content)
     (folder / MANIFEST).write_bytes(data_bytes)
-    return Manifest.model_validate_json(data_bytes)
+    return parse_manifest(data_bytes, f"{name}: {MANIFEST}")
 
 
 def _record(stage: _Stage) -> StageRecord:

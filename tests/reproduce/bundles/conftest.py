@@ -167,13 +167,15 @@ def bundle(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reseal() -> Callable[..., None]:
-    """What someone who knows the format would do: changes a manifest and makes its digests fit again."""
+    """What someone who knows the format would do: changes a manifest and makes it list what is there now."""
 
     def change_it(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda content: None) -> None:
         content = json.loads((folder / "manifest.json").read_text())
-        for name in content["files"]:
-            path = folder / name
-            content["files"][name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+        content["files"] = {
+            path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "size": path.stat().st_size}
+            for path in list_files(folder)
+            if path.name not in ("manifest.json", "bundle.sig")
+        }
         change(content)
         (folder / "manifest.json").write_bytes(manifest_bytes(content))
 

@@ -124,6 +124,10 @@ class TestVerify:
             "code.py",
             "manifest.json",
             "CONFIG.json",
+            "config.json/more.json",
+            "Config.json/more.json",
+            "manifest.json/more.json",
+            "evaluation/model.safetensors",
         ],
     )
     def test_a_manifest_with_a_bad_name(self, dvpo: Any, bundle: Path, name: str, reseal: Any) -> None:
@@ -143,6 +147,11 @@ class TestVerify:
             lambda c: c["files"]["config.json"].update(sha256="abc"),
             lambda c: c.update(signed_by="0" * 64),
             lambda c: c["metrics"][0].update(kind="anything"),
+            lambda c: c["metrics"][0]["settings"].update(subfolder="evaluation/m"),
+            lambda c: c["metrics"][0]["settings"].update(split="../test"),
+            lambda c: c["metrics"][0]["settings"].update(split=["/etc/test"]),
+            lambda c: c["metrics"][0]["inputs"]["data"].update(folder="/etc"),
+            lambda c: c["metrics"][0]["inputs"]["data"].update(folder="../data"),
         ],
     )
     def test_a_manifest_of_another_form(
