@@ -156,15 +156,14 @@ def role_of(folder: str | Path) -> Role | None:
         tasks: dict[str, Role] = {task: role for role, task in _TASKS.items()}
         return tasks.get(adapter["task_type"])
     try:
-        config = AutoConfig.from_pretrained(str(folder))
+        name = str((AutoConfig.from_pretrained(str(folder)).architectures or [""])[0])
     except Exception as error:
         raise InputError(
             f"{folder}: no model is there ({_first_line(error)}); give a checkpoint folder or a hub id"
         ) from error
-    names = config.architectures or [""]
-    if names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "policy"  # some are not called ...ForCausalLM: GPT2LMHeadModel
-    return next((role for role, suffix in _SUFFIX.items() if names[0].endswith(suffix)), None)
+    return next((role for role, suffix in _SUFFIX.items() if name.endswith(suffix)), None)
 
 
 def critic_from_reward(folder: str | Path, lora: LoraSettings | None = None) -> Any:

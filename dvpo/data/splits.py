@@ -77,8 +77,9 @@ def hub_rows(name: str, split: str | None) -> Iterator[Any]:
 
 
 def brief(error: Exception) -> str:
-    """A foreign error in one short line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(". ")
+    """An error in one short line; a foreign one with its name, without which it often says nothing."""
+    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:200].rstrip(". ")
 
 
 def prompt_key(prompt: tuple[Message, ...]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dvpo.data.splits import brief
 from dvpo.errors import InputError, StageError
 from dvpo.files import sha256_file, sha256_tree
 from reproduce.bundles.adapters import ADAPTER, on_base
@@ -53,13 +54,12 @@ def measure(folder: Path, manifest: Manifest, data: Sequence[Path], base: Path |
         StageError: a measurement failed.
     """
     digests = {sha256_tree(path): path for path in data}
-    sources = {m.name: _inputs(folder, m, digests) for m in manifest.metrics}
+    sources = [_inputs(folder, m, digests) for m in manifest.metrics]
     rows: list[Measured] = []
     with tempfile.TemporaryDirectory() as scratch:
         model = _loadable(folder, manifest, base, Path(scratch))
-        for i, metric in enumerate(manifest.metrics):
-            work = Path(scratch) / str(i)
-            rows += _again(metric, {**sources[metric.name], _model_input(metric): model}, work)
+        for i, (metric, inputs) in enumerate(zip(manifest.metrics, sources, strict=True)):
+            rows += _again(metric, {**inputs, _model_input(metric): model}, Path(scratch) / str(i))
     return rows
 
 
@@ -103,8 +103,8 @@ def _again(metric: Metric, inputs: dict[str, Path], work: Path) -> Iterator[Meas
     context.state.mkdir()
     try:
         values = KINDS[metric.kind].function()(context)
-    except (InputError, OSError, ValueError, KeyError) as error:
-        raise StageError(f"metric {metric.name} cannot be measured: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # settings and data of a bundle may be wrong in any way
+        raise StageError(f"metric {metric.name} cannot be measured ({brief(error)})") from error
     now = dict(_numbers(values))
     for name, recorded in _numbers(metric.values):
         # Counts are exact everywhere; only what is computed in floating point may move.

@@ -118,15 +118,26 @@ class TestAdapter:
         refused = dvpo("release", run, "--out", tmp_path / "other", *named)
         assert (refused.code, "base model" in refused.err) == (2, True)
 
-    def test_half_an_adapter_is_named(self, dvpo: Any, adapter: tuple[Path, Path], tmp_path: Path, reseal: Any) -> None:
+    @pytest.mark.parametrize(
+        ("part", "word"), [(".lora_B.", ".lora_B.weight is missing"), ("score.weight", "no weight")]
+    )
+    def test_half_an_adapter_is_named(
+        self, dvpo: Any, adapter: tuple[Path, Path], tmp_path: Path, part: str, word: str, reseal: Any
+    ) -> None:
         out = tmp_path / "out"
         assert dvpo("release", adapter[0], "--out", out, "--base", "o/m@1", "--base-licence", "mit").code == 0
         tensors = load_file(out / "adapter_model.safetensors")
-        gone = next(name for name in tensors if ".lora_B." in name)
+        gone = next(name for name in tensors if part in name)
         tensors.pop(gone)
         save_file(tensors, out / "adapter_model.safetensors")
         reseal(out)
-        dvpo("verify", out).differs(gone)
+        dvpo("verify", out).differs(word)
+
+    def test_another_base_is_named(self, dvpo: Any, adapter: tuple[Path, Path], tmp_path: Path, reseal: Any) -> None:
+        out = tmp_path / "out"
+        assert dvpo("release", adapter[0], "--out", out, "--base", "o/m@1", "--base-licence", "mit").code == 0
+        reseal(out, lambda content: content["base"].update(id="good/model"))
+        dvpo("verify", out).differs("adapter_config.json", "o/m", "good/model")
 
 
 REGISTERED = {n: e for n, e in json.loads(REGISTRY.read_text()).items() if e["source"]}

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from dvpo import models
 from dvpo.files import list_files, sha256_tree, write_json
 from reproduce.bundles.manifest import manifest_bytes
 
@@ -33,6 +34,19 @@ def swapped(one: Path, other: Path) -> None:
 def replaced(path: Path, old: str, new: str) -> None:
     """Other text, and a line end that does not belong there."""
     path.write_text(path.read_text().replace(old, new, 1) + "\n")
+
+
+def configured(path: Path, **keys: Any) -> None:
+    """Sets keys of a JSON file."""
+    write_json(path, {**json.loads(path.read_text()), **keys})
+
+
+def indexed(bundle: Path, weights: str) -> None:
+    """Names `weights` as the file of every tensor; the bundle's own are left under another name."""
+    tensors = load_file(bundle / "model.safetensors")
+    (bundle / "model.safetensors").rename(bundle / "decoy.safetensors")
+    write_json(bundle / "model.safetensors.index.json", {"weight_map": dict.fromkeys(tensors, weights)})
+    save_file({k: torch.full_like(v, float("nan")) for k, v in tensors.items()}, bundle / weights, {"format": "pt"})
 
 
 class TestVerify:
@@ -190,6 +204,94 @@ class TestVerify:
         write_json(bundle / name, {**config, "auto_map": {"AutoConfig": "evil.Config"}})
         reseal(bundle)
         dvpo("verify", bundle).differs("auto_map")
+
+    @pytest.mark.parametrize(
+        ("change", "word"),
+        [
+            (lambda b: indexed(b, "evaluation/evil.safetensors"), "evaluation/evil.safetensors"),
+            (lambda b: indexed(b, "../evil.safetensors"), "index.json: it names '../evil.safetensors'"),
+            (lambda b: indexed(b, "evil.safetensors"), "decoy.safetensors: "),
+            (lambda b: indexed(b, "model.safetensors"), "index.json: beside model.safetensors"),
+            (lambda b: write_json(b / "model.safetensors.index.json", {"weight_map": [5]}), "index.json: "),
+            (lambda b: write_json(b / "model.safetensors.index.json", {"weight_map": {"a": 5}}), "index.json: "),
+            (lambda b: (b / "model.safetensors").rename(b / "other.safetensors"), "other.safetensors: "),
+            (lambda b: configured(b / "config.json", transformers_weights="a.safetensors"), "transformers_weights"),
+            (lambda b: write_json(b / "adapter_config.json", {"task_type": "TOKEN_CLS"}), "adapter_config.json: "),
+        ],
+    )
+    def test_weights_other_than_those_that_load(
+        self, dvpo: Any, bundle: Path, change: Callable[[Path], Any], word: str, reseal: Any
+    ) -> None:
+        change(bundle)
+        reseal(bundle)
+        dvpo("verify", bundle).differs(word)
+
+    def test_weights_in_several_files(self, dvpo: Any, bundle: Path, reseal: Any) -> None:
+        model = models.load(bundle, "value")
+        (bundle / "model.safetensors").unlink()
+        model.save_pretrained(bundle, max_shard_size="50KB")
+        reseal(bundle)
+        assert dvpo("verify", bundle).code == 0
+        (bundle / "model.safetensors.index.json").unlink()
+        reseal(bundle)
+        dvpo("verify", bundle).differs("model-00001-of-")
+
+    @pytest.mark.parametrize(
+        ("name", "text", "word"),
+        [
+            ("more.json", "5", "more.json: "),
+            ("more.json", "[" * 100_000, "more.json: "),
+            ("config.json", "[]", "config.json: "),
+        ],
+    )
+    def test_json_that_is_no_object(
+        self, dvpo: Any, bundle: Path, name: str, text: str, word: str, reseal: Any
+    ) -> None:
+        (bundle / name).write_text(text)
+        reseal(bundle)
+        dvpo("verify", bundle).differs(word, "no JSON object")
+
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {"architectures": 5},
+            {"architectures": [5]},
+            {"hidden_size": -4},
+            {"hidden_size": "wide"},
+            {"num_attention_heads": 0},
+            {"vocab_size": 10**30},
+            {"model_type": []},
+            {"num_hidden_layers": 10**12},
+            {"text_config": {"num_hidden_layers": 10**12}},
+        ],
+    )
+    def test_a_config_of_no_model(self, dvpo: Any, bundle: Path, keys: dict[str, Any], reseal: Any) -> None:
+        configured(bundle / "config.json", **keys)
+        reseal(bundle)
+        dvpo("verify", bundle).differs("config.json: ")
+        dvpo("pull", bundle, "--out", bundle.parent / "out").differs("config.json: ")
+
+    def test_a_name_that_is_no_text(self, dvpo: Any, bundle: Path) -> None:
+        (bundle / os.fsdecode(b"\xff\n\x1b[1mmore.json")).write_text("{}")
+        outcome = dvpo("verify", bundle)
+        outcome.differs("\\udcff\\n\\x1b[1mmore.json: not in the manifest")
+        assert outcome.out.count("\n") == 1
+
+    @pytest.mark.parametrize("settings", [{"per_prompt": "many"}, {"format": "split", "split": None}, {"subfolder": 0}])
+    def test_a_metric_that_cannot_be_measured_is_named(
+        self, dvpo: Any, bundle: Path, settings: dict[str, Any], reseal: Any
+    ) -> None:
+        reseal(bundle, lambda c: c["metrics"][0]["settings"].update(settings))
+        dvpo("verify", bundle, "--metrics").differs("accuracy/gvm cannot be measured")
+
+    def test_two_metrics_of_one_name(self, dvpo: Any, bundle: Path, reseal: Any) -> None:
+        def twice(content: dict[str, Any]) -> None:
+            first = content["metrics"][0]
+            more = {**first, "inputs": {"data": {**first["inputs"]["data"], "folder": "evaluation/none"}}}
+            content["metrics"].insert(0, more)
+
+        reseal(bundle, twice)
+        dvpo("verify", bundle, "--metrics").differs("cannot be measured", "evaluation/none")
 
     def test_an_edited_metric_is_named(self, dvpo: Any, bundle: Path, reseal: Any) -> None:
         def better(content: dict[str, Any]) -> None:
