@@ -40,8 +40,8 @@ def say(text: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on standard output. Non-finite numbers are an error, never `NaN`."""
-    print(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1))
+    """One JSON document on standard output, in ASCII: any terminal can show it. NaN and infinity raise ValueError."""
+    print(json.dumps(document, allow_nan=False, indent=1))
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
