@@ -190,3 +190,12 @@ def test_logits_that_change_after_the_last_layer(tokenizer, mixed, in_chunks, mo
     monkeypatch.setattr(logprobs, "CHANGES_LOGITS", ())
     with pytest.raises(StageError, match="Gemma2ForCausalLM changes its logits"):
         response_logprobs(model, batch, 1.0)
+
+
+def test_all_rows_count_towards_the_logits_at_once(checkpoints, texts, monkeypatch) -> None:
+    model = models.load(checkpoints["llama", "policy"], "policy").eval()
+    batch = collate(texts[:4], 0)
+    keep = batch.input_ids_B_L.shape[1]
+    monkeypatch.setattr(logprobs, "MOST_LOGITS", 2 * keep * model.config.vocab_size)
+    monkeypatch.setattr(logprobs, "_in_one_piece", lambda *_: pytest.fail("four rows are more than two"))
+    response_logprobs(model, batch, 1.0)

@@ -18,9 +18,10 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from dvpo import models
+from dvpo import models, values
+from dvpo.config import LoraSettings
 from dvpo.data.templates import Encoded
-from dvpo.values import collate, model_inputs, position_ids, score_all, sequence_scores, token_values
+from dvpo.values import collate, model_inputs, position_ids, score_all, sequence_scores, token_values, unwrapped
 
 ARCHS = ("llama", "gpt2")
 PAD = 0
@@ -195,3 +196,61 @@ def test_score_all_under_bfloat16_keeps_the_head_in_float32(checkpoints, texts) 
 
 def test_score_all_of_nothing(checkpoints) -> None:
     assert list(score_all(ours(checkpoints["llama", "value"], "value"), [], PAD)) == []
+
+
+def test_positions_go_on_over_the_padding(checkpoints, texts) -> None:
+    model = models.load(checkpoints["llama", "value"], "value")
+    positions = model_inputs(model, collate(texts, PAD))["position_ids"]
+    assert torch.equal(positions, torch.arange(positions.shape[1]).expand_as(positions))
+
+
+def test_a_model_of_which_one_layer_looks_both_ways_is_not_causal(checkpoints, texts) -> None:
+    model = models.load(checkpoints["llama", "value"], "value")
+    model.model.layers[0].self_attn.is_causal = False
+    assert model_inputs(model, collate(texts, PAD))["attention_mask"] is not None
+    for layer in model.model.layers:
+        del layer.self_attn.is_causal
+    assert model_inputs(model, collate(texts, PAD))["attention_mask"] is not None
+
+
+def test_values_of_a_bfloat16_model_are_float32(checkpoints, texts) -> None:
+    model = models.load(checkpoints["llama", "value"], "value").to(torch.bfloat16)
+    with torch.no_grad():
+        assert token_values(model, collate(texts, PAD)).dtype == torch.float32
+
+
+def test_scoring_switches_dropout_off_and_keeps_no_graph(checkpoints, texts) -> None:
+    model = models.load(checkpoints["gpt2", "value"], "value")
+    expected = dict(score_all(model, texts[:3], PAD))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.train()
+    for i, found in score_all(model, texts[:3], PAD):
+        assert not found.requires_grad
+        assert torch.allclose(found, expected[i], atol=1e-5)
+
+
+def test_a_batch_keeps_to_its_padded_tokens(checkpoints, texts, monkeypatch) -> None:
+    sizes = []
+
+    def seen(items, pad):
+        batch = collate(items, pad)
+        sizes.append(batch.input_ids_B_L.numel())
+        return batch
+
+    monkeypatch.setattr(values, "collate", seen)
+    most = 2 * max(len(t.prompt_ids) + len(t.response_ids) for t in texts)
+    list(score_all(models.load(checkpoints["llama", "value"], "value"), texts, PAD, max_tokens=most))
+    assert 1 < len(sizes) < len(texts) and max(sizes) <= most
+
+
+def test_bfloat16_is_another_arithmetic(checkpoints, texts) -> None:
+    model = models.load(checkpoints["llama", "value"], "value")
+    exact, rough = (dict(score_all(model, texts[:3], PAD, bf16=b)) for b in (False, True))
+    assert not any(torch.equal(exact[i], rough[i]) for i in range(3))
+
+
+def test_an_adapter_is_unwrapped(checkpoints) -> None:
+    model = models.load(checkpoints["llama", "value"], "value", lora=LoraSettings(r=2))
+    assert type(unwrapped(model)).__name__ == "LlamaForTokenClassification"

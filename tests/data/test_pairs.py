@@ -5,6 +5,7 @@ import pytest
 from dvpo.data.pairs import Encoder, Pick, preference_picks, prompt_numbers
 from dvpo.data.records import Example, Response
 from dvpo.errors import InputError
+from dvpo.training.gvm_data import encodable_pairs
 
 N = 8
 
@@ -146,3 +147,25 @@ def test_short_trajectories_are_said_and_none_at_all_is_refused(tokenizer, mixed
     nameless.text(Pick(0, 3))
     with pytest.raises(InputError, match="trajectory_k=2: no policy has answered two prompts"):
         nameless.require_trajectories()
+
+
+def test_a_pair_is_left_out_where_only_the_worse_ones_trajectory_is_too_long(tokenizer) -> None:
+    def prompt(n: int):
+        return ({"role": "user", "content": " ".join(["hello"] * n)},)
+
+    both = Example(prompt(1), (Response("the river .", "a"), Response("the salt .", "b")), ((0, 1),), "x:0")
+    other = Example(prompt(20), (Response("surely", "b"),), (), "x:1")
+    picks = [(Pick(0, 0), Pick(0, 1))]
+    encoder = Encoder(tokenizer, [both, other], 10, 100, trajectory_k=1)
+    assert encoder.text(Pick(0, 0)) is not None and encoder.text(Pick(0, 1)) is None
+    assert list(encoder.pairs(picks)) == []
+    assert encodable_pairs(encoder, picks, None) == []
+
+
+def test_two_answers_of_one_policy_to_one_prompt_have_trajectories_of_their_own(tokenizer) -> None:
+    def example(i: int) -> Example:
+        prompt = ({"role": "user", "content": " ".join(["hello"] * (i + 1))},)
+        return Example(prompt, (Response("the river .", "a"), Response("the salt .", "a")), (), f"x:{i}")
+
+    encoder = Encoder(tokenizer, [example(i) for i in range(8)], 500, 500, trajectory_k=3)
+    assert any(encoder.trajectory(Pick(i, 0)) != encoder.trajectory(Pick(i, 1)) for i in range(8))

@@ -1,11 +1,14 @@
 """Splits by prompt: disjoint, complete, stable, and the check that finds a leak."""
 
+import unicodedata
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvpo.data.records import Example
-from dvpo.data.splits import check_disjoint, prompt_key, split_by_prompt
+from dvpo.data.splits import check_disjoint, data_files, is_hub_id, prompt_key, split_by_prompt
 from dvpo.errors import InputError
 
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
@@ -89,3 +92,30 @@ def test_prompt_key_sees_through_case_space_and_compatibility_but_not_roles() ->
     assert key != prompt_key(({"role": "user", "content": "strasse fine days"},))
     ab = prompt_key(({"role": "user", "content": "a"}, {"role": "user", "content": "b"}))
     assert ab != prompt_key(({"role": "user", "content": "a b"},))
+
+
+def test_the_normal_form_holds_after_folding() -> None:
+    """An upper-case letter with two marks: folding writes the marks in another order."""
+    text = unicodedata.normalize("NFKC", "ǰ̣")
+    assert prompt_key(({"role": "user", "content": text},)) == prompt_key(
+        ({"role": "user", "content": unicodedata.normalize("NFKC", text.upper())},)
+    )
+
+
+def test_a_split_may_stand_anywhere_in_the_name(tmp_path: Path) -> None:
+    (tmp_path / "data-train.jsonl").write_text("{}")
+    (tmp_path / "folder-train.jsonl").mkdir()
+    assert [f.name for f in data_files(tmp_path, "train")] == ["data-train.jsonl"]
+
+
+def test_one_split_in_two_endings_is_ambiguous(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "train.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match="ambiguous"):
+        data_files(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["a/b@main", "a/b@master", "a/b@HEAD", "a/b@v1 and more"])
+def test_what_moves_is_no_revision(name: str) -> None:
+    assert not is_hub_id(name)
+    assert is_hub_id("a/b@mainline")

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dvpo.evaluation.credit import Marked, auroc, credit_table, lowest_hit, steps
+from dvpo.data.records import Example, Response
+from dvpo.errors import InputError
+from dvpo.evaluation.credit import Marked, auroc, credit_table, evaluate_credit, lowest_hit, steps
+from dvpo.evaluation.pairwise import evaluate_pairwise
+
+LIMITS = {"max_prompt_tokens": 200, "max_response_tokens": 200}
 
 
 def double_loop(scores: list[float], labels: list[bool]) -> float:
@@ -136,3 +141,61 @@ def test_the_interval_is_that_of_a_plain_bootstrap_over_prompts() -> None:
 def test_a_label_outside_the_response_is_refused() -> None:
     with pytest.raises(ValueError, match="before EOS"):
         credit_table([marked([0, 1, 2], (1,), 0)], "value steps")
+
+
+def drawn(count: int) -> list[Marked]:
+    rng = np.random.default_rng(1)
+    made = []
+    for i in range(count):
+        moves = rng.normal(0, 1, 21)
+        wrong = (int(rng.integers(20)),) if i % 2 else ()
+        moves[list(wrong)] -= 1
+        made.append(Marked(torch.tensor(np.cumsum([0, *moves])), wrong, i // 2))
+    return made
+
+
+def test_answers_that_are_there_ten_times_tell_no_more() -> None:
+    """They are of the same prompts, and prompts are what is drawn."""
+    once = drawn(60)
+    tenfold = credit_table([r for r in once for _ in range(10)], "value steps")
+    for name, value in credit_table(once, "value steps").items():
+        if not name.startswith("n_"):
+            assert tenfold[name] == pytest.approx(value), name
+
+
+def test_answers_over_the_limit_are_left_out_of_credit(checkpoints, examples, atlas) -> None:
+    lengths = sorted(len(r.text.split()) + 1 for e in examples for r in e.responses)
+    limit = lengths[12]
+    left = sum(n > limit for n in lengths)
+    found = evaluate_credit(checkpoints["llama", "value"], examples, atlas.to_json(), per_prompt=2, seed=0,
+                            **LIMITS | {"max_response_tokens": limit})  # fmt: skip
+    assert left > 0 and (found["left_out"], found["n_responses"]) == (left, len(lengths) - left)
+
+
+def test_a_reward_model_is_read_at_its_last_token(checkpoints, examples, atlas) -> None:
+    found = evaluate_credit(checkpoints["llama", "reward"], examples, atlas.to_json(), per_prompt=2, seed=0, **LIMITS)
+    assert found["reading"] == "spread score"
+    assert found["lowest_hit"] == pytest.approx(found["lowest_chance"])
+    row = evaluate_pairwise(checkpoints["llama", "reward"], examples, **LIMITS).rows[0]
+    assert set(row["better"]) == {"last", "tokens"}
+
+
+def test_words_of_more_than_one_token_are_refused(checkpoints, examples, atlas) -> None:
+    split = [Example(e.prompt, (Response("the river<eos> .", None),), (), e.origin) for e in examples]
+    with pytest.raises(InputError, match="one token per word"):
+        evaluate_credit(checkpoints["llama", "value"], split, atlas.to_json(), per_prompt=1, seed=0, **LIMITS)
+
+
+def test_the_seed_and_the_trajectory_reach_credit(checkpoints, examples, atlas) -> None:
+    def found(**options):
+        chosen = {"per_prompt": 1, "seed": 0, **LIMITS, **options}
+        return evaluate_credit(checkpoints["llama", "value"], examples, atlas.to_json(), **chosen)
+
+    assert len({found(seed=s)["auroc"] for s in range(4)}) > 1
+    assert found(trajectory_k=2)["auroc"] != found()["auroc"]
+
+
+def test_no_wrong_word_is_said(checkpoints, examples, atlas) -> None:
+    silent = [Example(e.prompt, (Response("surely", None),), (), e.origin) for e in examples]
+    with pytest.raises(InputError, match="no chosen answer has a wrong word"):
+        evaluate_credit(checkpoints["llama", "value"], silent, atlas.to_json(), per_prompt=1, seed=0, **LIMITS)

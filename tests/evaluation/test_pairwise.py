@@ -9,7 +9,7 @@ from dvpo import models
 from dvpo.data.pairs import EncodedPair
 from dvpo.data.templates import Encoded
 from dvpo.evaluation.intervals import mean_with_interval
-from dvpo.evaluation.pairwise import accuracies, score_pairs, wins
+from dvpo.evaluation.pairwise import accuracies, evaluate_pairwise, score_pairs, wins
 from dvpo.objectives.td import AGGREGATES, PERCENTILES
 from dvpo.values import score_all
 
@@ -115,3 +115,41 @@ def test_intervals_are_reproducible_and_do_not_depend_on_group_names() -> None:
 def test_the_mean_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no values"):
         mean_with_interval([])
+
+
+LIMITS = {"max_prompt_tokens": 200, "max_response_tokens": 200}
+
+
+def test_each_limit_of_pairwise_is_its_own(checkpoints, examples) -> None:
+    found = evaluate_pairwise(checkpoints["llama", "value"], examples, max_prompt_tokens=200, max_response_tokens=3)
+    assert found.said == ["24 of 24 responses were over the length limit and were cut (no EOS)"]
+
+
+def test_pairs_as_long_as_the_model_reads_are_kept(checkpoints, examples, tmp_path) -> None:
+    model = models.load(checkpoints["llama", "value"], "value")
+    tokenizer = models.load_tokenizer(checkpoints["llama", "value"])
+    from dvpo.data.pairs import Encoder, Pick
+
+    encoder = Encoder(tokenizer, examples, 200, 200)
+    sizes = [
+        max(len(t.prompt_ids) + len(t.response_ids) for t in (encoder.text(Pick(i, 0)), encoder.text(Pick(i, 1))))
+        for i in range(len(examples))
+    ]
+    reads = sorted(sizes)[5]
+    model.config.max_position_embeddings = reads
+    models.save(model, tokenizer, tmp_path)
+    found = evaluate_pairwise(tmp_path, examples, **LIMITS)
+    over = sum(n > reads for n in sizes)
+    assert len(found.rows) == 12 - over
+    assert found.said == [f"{over} of 12 pairs were left out: longer than the {reads} tokens that the model reads"]
+
+
+def test_pairs_are_drawn_and_scored_as_asked(checkpoints, examples, texts) -> None:
+    folder = checkpoints["llama", "value"]
+    drawn = [
+        [r["prompt"] for r in evaluate_pairwise(folder, examples, most=5, seed=s, **LIMITS).rows] for s in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert list(range(5)) not in drawn
+    plain, rough = (evaluate_pairwise(folder, examples, bf16=b, **LIMITS).rows for b in (False, True))
+    assert plain != rough

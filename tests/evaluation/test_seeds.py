@@ -68,3 +68,8 @@ def test_the_interval_covers_what_it_says_and_a_bootstrap_alone_does_not(seeds: 
     alone = [low <= 0 <= high for low, high in map(bootstrap, runs[:150])]
     assert sum(covered) / len(covered) == pytest.approx(0.96, abs=0.03)
     assert sum(alone) / len(alone) < 0.93
+
+
+def test_prompts_are_drawn_whole_within_a_seed() -> None:
+    x, groups = [[0.0] * 50 + [1.0] * 50], [[0] * 50 + [1] * 50]
+    assert mean_over_seeds(x, groups)[1] == (0.0, 1.0)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import copy
 import email.utils
+import itertools
 import json
 import pickle
 import threading
@@ -26,6 +27,7 @@ from dvpo import models
 from dvpo.data.records import Example
 from dvpo.data.templates import Encoded, encode_prompt, encode_response
 from dvpo.errors import InputError, StageError
+from dvpo.integrations import client as module
 from dvpo.integrations.client import GVMClient, item_of, retry_after, split
 from dvpo.objectives.td import aggregate
 from dvpo.values import collate, token_values
@@ -396,3 +398,35 @@ def test_the_real_servers_refusals_reach_the_user(guarded_url: tuple[str, str], 
         GVMClient(url, api_key="wrong").score([[1]], [[2]])
     with pytest.raises(InputError, match="400"):
         GVMClient(gvm_url).score([[1]], [[2] * 5000])
+
+
+@pytest.mark.parametrize("code", [429, 502, 503, 504])
+def test_what_passes_is_tried_again(script: Script, code: int) -> None:
+    script.acts = [status(code, "later")]
+    assert len(GVMClient(script.url).score([[1]], [[2]])) == 1
+    assert len(script.seen) == 2
+
+
+def test_pauses_grow(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(module.random, "uniform", lambda low, high: high)
+    script.acts = [status(503, "busy")] * 4
+    GVMClient(script.url).score([[1]], [[2]])
+    times = [at for at, *_ in script.seen]
+    for n, (a, b) in enumerate(itertools.pairwise(times)):
+        assert b - a >= 0.05 * 2**n
+
+
+def test_a_value_before_a_token_is_finite_too(script: Script) -> None:
+    script.acts = [changed(v=encoded([0.1, float("inf")]))]
+    with pytest.raises(StageError, match="reply"):
+        GVMClient(script.url).score([[1]], [[2, 3]])
+
+
+def test_messages_count_with_their_text() -> None:
+    items = [item_of([{"role": "user", "content": "x" * 60}], [1]) for _ in range(4)]
+    assert [len(part) for part in split(items, 10, 200)] == [2, 2]
+
+
+def test_an_error_that_is_no_json_is_quoted() -> None:
+    assert module.sentence(httpx.Response(502, text="a gateway's page")) == "a gateway's page"

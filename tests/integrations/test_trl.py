@@ -369,3 +369,23 @@ def test_two_processes_whiten_together(tiny: Path, tmp_path: Path) -> None:
     assert together.mean().item() == pytest.approx(0, abs=1e-5)
     assert together.std(correction=0).item() == pytest.approx(1, abs=1e-4)
     assert any(abs(x.std(correction=0).item() - 1) > 0.01 for x in learnt)  # each by itself is not white
+
+
+def test_what_a_tool_wrote_is_not_learnt(checkpoints: Checkpoints, examples: list[Example], tmp_path: Path) -> None:
+    trainer = make_trainer(checkpoints, examples, tmp_path)
+    trainer._values = [torch.tensor([0.0, 1.0, 2.0, 5.0])]
+    batch = {"completion_mask": torch.ones(1, 3, dtype=torch.long), "tool_mask": torch.tensor([[1, 0, 1]])}
+    assert trainer._token_advantages(batch)[0].tolist() == pytest.approx([-1, 0, 1], abs=1e-5)
+
+
+def test_by_default_it_is_the_papers_estimator_and_trl_logs_its_means(
+    checkpoints: Checkpoints, examples: list[Example], tmp_path: Path
+) -> None:
+    trainer = make_trainer(checkpoints, examples, tmp_path)
+    assert (trainer.estimator, trainer.gamma, trainer.lam, trainer.whiten) == ("q", 1.0, 0.95, True)
+    batch = rollouts(trainer, examples)
+    means = batch["advantages"].sum(1) / batch["completion_mask"].sum(1)
+    assert list(trainer._logs["advantages"]) == pytest.approx(means.tolist())
+    values_B_S, mask_B_S = own_values(checkpoints, texts_of(batch), trainer.processing_class.pad_token_id)
+    mean_q = [float(h[m][1:].mean()) for h, m in zip(values_B_S, mask_B_S, strict=True)]
+    assert trainer.gvm_score([None] * 6) == pytest.approx(mean_q, abs=1e-5)

@@ -207,3 +207,12 @@ def test_the_figure_is_the_same_file_every_time(tmp_path: Path) -> None:
         assert one.read_bytes() == other.read_bytes()
     with pytest.raises(ValueError, match="above 0"):
         draw(sweep([0.0], range(5)), tmp_path / "zero")
+
+
+def test_a_row_of_the_sweep_is_that_of_its_problems() -> None:
+    problems = [(mdp := random_mdp(s), random_policy(mdp, s), s) for s in range(20)]
+    gaps = [gradient_gap(mdp, policy, 0.1, 0.1, s) for mdp, policy, s in problems]
+    bounds = [bound(mdp, policy, 0.1, 0.1) for mdp, policy, _ in problems]
+    (row,) = sweep([0.1], range(20))
+    assert [row["low"], row["high"]] == pytest.approx(np.percentile(gaps, [2.5, 97.5]))
+    assert row["worst_ratio"] == pytest.approx(np.divide(gaps, bounds).max())

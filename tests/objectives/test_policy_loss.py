@@ -187,3 +187,9 @@ def test_importance_weights_undo_the_engine_s_distribution() -> None:
     gain = torch.randn(7, generator=g, dtype=torch.float64)
     weights = truncated_importance_weights(trainer, engine, cap=1e9)
     assert float((engine.exp() * weights * gain).sum()) == pytest.approx(float((trainer.exp() * gain).sum()))
+
+
+@pytest.mark.parametrize("v", [1.0, -1.0])
+def test_the_critic_is_clipped_on_both_sides(v: float) -> None:
+    one = torch.ones(1, 1)
+    assert float(critic_loss(v * one, 0 * one, v * one, one.bool(), 0.2, 1)) == pytest.approx(0.5 * 0.8**2)

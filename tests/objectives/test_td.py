@@ -176,3 +176,9 @@ def test_lambda_backup_has_the_closed_form_of_its_docstring(ragged: Ragged, lam:
         T = len(row) - 1
         expected = (1 - lam) * sum(lam ** (t - 1) * row[t] for t in range(1, T)) + lam ** (T - 1) * row[T]
         assert float(found[i]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_bellman_score_by_hand() -> None:
+    """0.05 * h_1 + 0.95 * (0.05 * h_2 + 0.95 * h_3) of 1, 0, 2."""
+    values = torch.tensor([[5.0, 1.0, 0.0, 2.0]])
+    assert float(aggregate(values, torch.ones(1, 4, dtype=torch.bool), "bellman")) == pytest.approx(1.855)

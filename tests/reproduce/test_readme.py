@@ -203,3 +203,19 @@ def test_trainings_speed_is_that_of_the_benchmarks() -> None:
 
 def _named(of: dict[str, float]) -> dict[str, float]:
     return {"number": of["median"], "low": of["low"], "high": of["high"]}
+
+
+def test_the_same_seeds_on_the_other_cpu() -> None:
+    table = (ROOT / "artifacts" / "measured.md").read_text().partition("| on the Intel machine | gold score |")[2]
+    rows = given("tiny-intel/results/table_1.json")["rows"] + given("tiny-intel/results/table_2.json")["rows"]
+    found = {(r["method"], r["metric"].partition(" (")[0]): r for r in rows if r["measured"] is not None}
+    for method, stage in STAGES.items():
+        score = found[method, "gold score"]
+        by_seed = [m["gold"] for m in metrics("tiny-intel", f"gold/{stage}", 5)]
+        said = ", ".join(f"{x:.2f}".removeprefix("0") for x in by_seed)
+        assert f"| {method} | {spread(score['measured'], *score['ci95'], 3)} | {said} |" in table
+    for name in ("DVPO (GAE)", "PPO", "GRPO", "ReMax", "DPO", "DVPO (A = Q)", "DVPO (official)"):
+        assert spread(found[name, "gold score"]["measured"], *found[name, "gold score"]["ci95"], 3) in README
+    for other, places in (("PPO", (README, table)), ("ReMax", (README, table)), ("GRPO", (table,)), ("DPO", (table,))):
+        (less,) = [r for (method, _), r in found.items() if method == f"DVPO (GAE) \u2212 {other}"]
+        assert all(spread(less["measured"], *less["ci95"], 3) in place for place in places), other

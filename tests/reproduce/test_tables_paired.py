@@ -87,3 +87,19 @@ def test_the_false_alarm_rate_is_about_the_level() -> None:
     rng = np.random.default_rng(1)
     low = sum(flip_prompts([rng.normal(size=30)], 400, rng) < 0.05 for _ in range(200))
     assert 2 <= low <= 22
+
+
+def test_p_values_by_hand() -> None:
+    """Of 99 resamples none is on the other side, and none of the flips of 30 equal numbers as far out."""
+    sure = paired([[1.0] * 10] * 3, resamples=99)
+    assert (sure.p_bootstrap, sure.p_flip) == pytest.approx((2 / 100, 1 / 100))
+    assert paired([[0.0] * 4] * 2).p_bootstrap == 1.0
+    ones = np.ones(10)
+    assert flip_prompts([ones, -ones], 99, np.random.default_rng(0)) == 1.0
+
+
+def test_one_seed_has_its_prompts_spread_and_three_have_students_t() -> None:
+    low, high = paired([[0.0, 1.0] * 50]).ci95
+    assert (low, high) == pytest.approx((0.4, 0.6), abs=0.02)
+    half = 4.303 * 0.1 / 3**0.5
+    assert paired([[0.1] * 4, [0.2] * 4, [0.3] * 4]).ci95 == pytest.approx((0.2 - half, 0.2 + half))

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from reproduce import tables
 from reproduce.tables import Book, page, study
-from reproduce.tables.study import collapse, drift, fisher
+from reproduce.tables.paired import Paired, holm
+from reproduce.tables.study import Comparison, collapse, drift, fisher
 
 Log = list[dict[str, float]]
 
@@ -131,3 +133,36 @@ class TestStudy:
     def test_a_study_in_part_is_shown_in_part(self, made_up: Callable[..., Book]) -> None:
         some = made_up(3, True, lambda name: "@" in name and "gae@td0" not in name)
         assert [c.left for c in study.comparisons(some)][3:] == [study.label("gae", "td0")]
+
+
+@pytest.mark.parametrize(
+    ("ci95", "bootstrap", "flip", "told"),
+    [
+        ((0.1, 0.3), 0.04, 0.04, True),
+        ((0.1, 0.3), 0.06, 0.01, False),
+        ((0.1, 0.3), 0.01, 0.06, False),
+        ((-0.1, 0.3), 0.01, 0.01, False),
+        ((0.0, 0.3), 0.01, 0.01, False),
+        ((-0.3, -0.1), 0.01, 0.01, True),
+    ],
+)
+def test_told_apart_takes_both_tests_and_the_interval(ci95, bootstrap: float, flip: float, told: bool) -> None:
+    assert Comparison("a", "b", Paired(3, 0.1, ci95, 0.01, 0.01, 0.01), bootstrap, flip).told == told
+
+
+def test_a_collapse_is_between_means_of_updates_not_between_two() -> None:
+    gold = [0.9] + [0.5] * 13 + [0.4]
+    assert collapse([{"gold": g, "length": 10.0} for g in gold]) is None
+
+
+def test_comparisons_are_one_family(book: Book) -> None:
+    found = study.comparisons(book)
+    assert [c.bootstrap for c in found] == holm([c.test.p_bootstrap for c in found])
+    assert [c.flip for c in found] == holm([c.test.p_flip for c in found])
+
+
+def test_stability_by_hand(book: Book) -> None:
+    ppo = next(s for s in study.stability(book) if s.name == "PPO")
+    ends = [np.mean([r["gold"] for r in log[-study.ENDS :]]) for log in book.curves("ppo")]
+    assert ppo.spread == pytest.approx(np.std(ends, ddof=1))
+    assert ppo.largest_kl == pytest.approx(0.29)

@@ -115,3 +115,12 @@ def test_a_bound_that_is_not_there_is_named() -> None:
     with pytest.raises(KeyError, match="tie for T1"):
         tie("T1", (0, 1), 3)
     assert set(verdicts.as_document()["T3"]) == {"cells", "tie"}
+
+
+def test_bounds_hold_at_their_edge() -> None:
+    assert 4.82 - 4.02 > 0.8  # rounding
+    assert cell("T1", "MT-Bench", 4.02, 4.82, None) == WITHIN
+    assert (
+        cell("T1", "MT-Bench", 5.22, 5.64, [5.22, 6.0]) == cell("T1", "MT-Bench", 5.22, 5.0, [4.0, 5.22]) == REPRODUCED
+    )
+    assert gain("T1", (0.0, 0.2), 3) == OTHER_SCALE

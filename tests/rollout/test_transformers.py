@@ -184,3 +184,29 @@ def test_seeds_differ_by_every_part_of_their_place() -> None:
     places = [(a, b, c) for a in range(3) for b in range(12) for c in range(12)]
     seeds = {prompt_seed(*place) for place in places}
     assert len(seeds) == len(places) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_token_of_no_probability_is_never_drawn() -> None:
+    logprobs = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log()
+    points = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert invert_cdf(logprobs.expand(3, -1), points).tolist() == [1, 2, 2]
+
+
+def test_a_token_rarer_than_float32_resolves_is_not_lost() -> None:
+    logprobs = torch.tensor([[0.5, 1e-9, 0.5]]).log()
+    shares = logprobs[0].double().exp()
+    middles = (shares.cumsum(0) - shares / 2) / shares.sum()
+    assert invert_cdf(logprobs.expand(3, -1), middles).tolist() == [0, 1, 2]
+
+
+def test_prompts_of_one_seed_are_answered_each_by_its_place(checkpoints, tokenizer) -> None:
+    engine = TransformersEngine(models.load(checkpoints["llama", "policy"], "policy"), tokenizer, 8, 1.0)
+    answers = engine.generate([[5, 6, 7]] * 4, seed=0)
+    assert len(set(map(tuple, answers))) > 1
+    assert answers == engine.generate([[5, 6, 7]] * 4, seed=0) != engine.generate([[5, 6, 7]] * 4, seed=1)
+
+
+def test_an_unnormalised_sum_keeps_to_the_tokens_there_are() -> None:
+    """Log-probabilities of float32 do not sum to 1: the points are shares of what they sum to."""
+    logprobs = torch.tensor([[0.25, 0.25, 0.0]]).log()
+    assert invert_cdf(logprobs, torch.tensor([0.9], dtype=torch.float64)).tolist() == [1]

@@ -70,3 +70,15 @@ def test_the_budget_holds_the_oldest_is_in_it_and_texts_of_a_prompt_are_neighbou
     order = [entry.prompt for entry in batch]
     changes = sum(a != b for a, b in pairwise(order))
     assert changes == len(set(order)) - 1
+
+
+def test_of_one_prompt_the_nearest_in_length_come_first() -> None:
+    prompt = LONG[:10]
+    oldest, far, near = waiting(prompt, 50), waiting(prompt, 400), waiting(prompt, 60)
+    assert choose([oldest, far, near], 130, 4096) == [oldest, near]
+
+
+def test_a_second_prompt_that_is_known_costs_its_responses_alone() -> None:
+    first, second = waiting([1], 100), waiting(LONG, 100)
+    assert choose([first, second], 250, 4096) == [first]
+    assert choose([first, second], 250, 4096, {second.prompt}) == [first, second]

@@ -544,3 +544,117 @@ def test_a_group_in_requests_of_their_own_computes_its_prompt_once(checkpoints) 
             assert np.abs(one.values_S - expected.values_S).max() <= 1e-5
 
     asyncio.run(work())
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    """A text as long as the model reads, and a queue that is full to the last token."""
+    backend = Fake(max_tokens=80)
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        waiting = [asyncio.ensure_future(engine.submit([item([1] * n)])) for n in (79, 19)]
+        await asyncio.sleep(0)
+        assert engine.stats().waiting_tokens == 100
+        engine._rate = 1e-3
+        with pytest.raises(Overloaded) as refused:
+            await engine.submit([item([1])])
+        assert refused.value.retry_after_seconds == 60
+        backend.gate.set()
+        await asyncio.gather(held, *waiting)
+
+    run(work, backend, queue_tokens=100)
+
+
+def test_nothing_more_of_a_failed_request_is_scored() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        bad = asyncio.ensure_future(engine.submit([item([BAD]), item([3]), item([4])]))
+        await asyncio.sleep(0)
+        backend.gate.set()
+        with pytest.raises(StageError, match="item 0"):
+            await bad
+        await held
+        await engine.submit([item([5])])
+
+    run(work, backend)
+    assert [[i.response_ids for i in b] for b in backend.batches] == [[[9]], [[BAD], [3], [4]], [[BAD]], [[5]]]
+
+
+async def hold_again(engine: Engine, backend: Fake, held: asyncio.Task) -> None:
+    """Lets the first batch go and holds back the next one."""
+    backend.action = backend.gate.clear
+    backend.gate.set()
+    await held
+    backend.action = None
+    await until(lambda: len(backend.batches) == 2)
+
+
+def test_those_of_a_failed_batch_are_tried_before_those_who_came_later() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        first = [asyncio.ensure_future(engine.submit([item([i])])) for i in (BAD, 3)]
+        await asyncio.sleep(0)
+        await hold_again(engine, backend, held)
+        later = asyncio.ensure_future(engine.submit([item([7])]))
+        await asyncio.sleep(0)
+        backend.gate.set()
+        await asyncio.gather(*first, later, return_exceptions=True)
+
+    run(work, backend)
+    assert [i.response_ids for b in backend.batches[2:] for i in b] == [[BAD], [3], [7]]
+
+
+def test_who_left_a_batch_that_fails_is_not_tried_again() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        held = await hold(engine, backend)
+        leaves, stays = [asyncio.ensure_future(engine.submit([item([i])])) for i in (3, BAD)]
+        await asyncio.sleep(0)
+        await hold_again(engine, backend, held)
+        leaves.cancel()
+        await asyncio.wait([leaves])
+        backend.gate.set()
+        with pytest.raises(StageError):
+            await stays
+
+    run(work, backend)
+    assert [i.response_ids for b in backend.batches[2:] for i in b] == [[BAD]]
+
+
+def test_the_times_of_a_request_are_those_of_its_batches() -> None:
+    backend = Fake()
+    backend.action = lambda: time.sleep(0.1)
+
+    async def work(engine: Engine) -> None:
+        reply = await engine.submit([item([1] * 90), item([2] * 90, [2])])
+        assert len(backend.batches) == 2
+        assert reply.inference_seconds >= 0.2
+        assert reply.queue_seconds < 0.1
+
+    run(work, backend, batch_tokens=100)
+
+
+def test_the_speed_is_that_of_all_workers_and_moves_slowly() -> None:
+    backend = Fake()
+
+    async def work(engine: Engine) -> None:
+        engine._rate = 1000.0
+        await engine.submit([item([1] * 9)])  # alone: its own speed
+        assert engine.stats().tokens_per_second > 800
+        slow = engine.stats().tokens_per_second
+        backend.action = lambda: time.sleep(0.2)
+        await engine.submit([item([1] * 9)])
+        assert engine.stats().tokens_per_second == pytest.approx(0.8 * slow, rel=0.1)
+
+    run(work, backend)
+
+
+def test_no_prompt_is_remembered_when_nothing_waits_for_it() -> None:
+    backend = Fake()
+    engine = run(lambda e: e.submit([item([1], range(1, 80)), item([2], range(1, 80))]), backend)
+    assert not engine._computed

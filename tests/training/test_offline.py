@@ -12,14 +12,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from dvpo import models
-from dvpo.config import DpoSettings, GvmSettings, LoraSettings, PretrainSettings, RewardSettings, SftSettings
+from dvpo.config import (
+    DpoSettings,
+    GvmSettings,
+    LoraSettings,
+    PretrainSettings,
+    RewardSettings,
+    SftSettings,
+)
 from dvpo.data.pairs import EncodedPair, Encoder, Pick, preference_picks
 from dvpo.data.records import Example
 from dvpo.data.templates import Encoded
 from dvpo.errors import InputError
 from dvpo.objectives.policy_loss import token_logprobs
 from dvpo.training import gvm
-from dvpo.training.common import last_checkpoint
+from dvpo.training.common import argument_values, last_checkpoint
 from dvpo.training.dpo import train_dpo
 from dvpo.training.gvm import GvmTrainer, ValueText, train_gvm
 from dvpo.training.gvm_data import encodable_pairs, value_texts
@@ -415,3 +422,59 @@ def test_a_text_longer_than_the_model_reads_is_refused(checkpoints, texts, tmp_p
     with pytest.raises(InputError, match="reads at most 256 tokens, but the longest text has 257; lower max_prompt"):
         run(start, data, settings, out, state, 0)
     assert not out.exists()
+
+
+def test_gamma_and_lambda_of_the_targets_are_not_swapped(checkpoints, texts, tmp_path, monkeypatch) -> None:
+    seen = set()
+    whole = gvm.td_lambda_targets
+    monkeypatch.setattr(gvm, "td_lambda_targets", lambda *a: (seen.add(a[3:]), whole(*a))[1])
+    s = GvmSettings(learning_rate=1e-3, batch_size=4, max_steps=1, log_steps=1, gamma=0.9, td_lambda=0.5)
+    labelled = [ValueText(t, 1.0) for t in texts]
+    train_gvm(checkpoints["llama", "policy"], labelled, s, tmp_path / "out", tmp_path / "state", 0)
+    assert seen == {(0.9, 0.5)}
+
+
+def test_the_seed_of_a_gvm_decides_the_order(checkpoints, texts, tmp_path, monkeypatch) -> None:
+    orders = []
+    monkeypatch.setattr(
+        gvm, "train", lambda trainer, *_: orders.append([v.reward for v in trainer.train_dataset.items])
+    )
+    monkeypatch.setattr(gvm, "_WORTH_PACKING", 1e9)
+    s = GvmSettings(learning_rate=1e-3, batch_size=4, log_steps=1)
+    labelled = [ValueText(t, float(i)) for i, t in enumerate(texts)]
+    for seed in (0, 0, 1):
+        train_gvm(checkpoints["llama", "policy"], labelled, s, tmp_path / "out", tmp_path / "state", seed)
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_texts_of_like_length_share_a_micro_batch(checkpoints, texts, tmp_path, monkeypatch) -> None:
+    found = []
+    monkeypatch.setattr(gvm, "train", lambda trainer, *_: found.extend(trainer.train_dataset.items))
+    s = GvmSettings(learning_rate=1e-3, batch_size=12, micro_batch_size=3, log_steps=1)
+    labelled = [ValueText(t, 1.0) for t in texts]
+    train_gvm(checkpoints["llama", "policy"], labelled, s, tmp_path / "out", tmp_path / "state", 0)
+    lengths = [gvm._length(v) for v in found]
+    spans = [range(min(part), max(part)) for part in (lengths[k : k + 3] for k in range(0, 12, 3))]
+    assert sorted(lengths) == sorted(map(gvm._length, labelled))
+    assert all(a.stop <= b.start or b.stop <= a.start for i, a in enumerate(spans) for b in spans[i + 1 :])
+
+
+def test_every_setting_reaches_the_trainer(tmp_path: Path) -> None:
+    chosen = {
+        "schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "bf16": True,
+        "gradient_checkpointing": True, "max_steps": 7, "save_steps": 4, "log_steps": 2,
+    }  # fmt: skip
+    found = argument_values(GvmSettings(learning_rate=2e-4, batch_size=8, micro_batch_size=2, **chosen), tmp_path, 11)
+    expected = {**chosen, "lr_scheduler_type": "cosine", "logging_steps": 2, "learning_rate": 2e-4, "seed": 11}
+    expected |= {"data_seed": 11, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    for ours in ("schedule", "log_steps"):
+        expected.pop(ours)
+    assert {key: found.get(key) for key in expected} == expected
+
+
+def test_rewards_in_bfloat16_are_another_arithmetic(checkpoints, tokenizer, examples) -> None:
+    kept = encodable_pairs(Encoder(tokenizer, examples, 200, 200), preference_picks(examples, None, 0), None)
+    model = models.load(checkpoints["llama", "reward"], "reward")
+    a, b = (value_texts(kept, "reward_model", examples, model, 0, bf16)[1] for bf16 in (False, True))
+    assert a != b
+    assert a == pytest.approx(b, rel=0.1)

@@ -15,9 +15,11 @@ from dvpo.config import Dvpo, KLSettings, LoraSettings, PolicySettings, Ppo
 from dvpo.data.atlas import Atlas, build_tokenizer
 from dvpo.data.templates import Encoded, encode_prompt
 from dvpo.errors import InputError
+from dvpo.objectives.advantages import ESTIMATORS, Signals, discounted_sum
+from dvpo.objectives.kl import kl_rewards
 from dvpo.training import policy
 from dvpo.training.policy import Frozen, OnlineTrainer, Prompt, Rollouts, response_logprobs
-from dvpo.values import collate
+from dvpo.values import collate, sequence_scores, token_values
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "q": {"name": "dvpo", "estimator": "q"},
@@ -383,3 +385,110 @@ def test_a_strong_penalty_holds_the_policy_back(make, tmp_path, form: str) -> No
         trainer.train(tmp_path / f"{form}-{beta}")
         far[beta] = sum(abs(r["kl"]) for r in trainer.log[1:])
     assert far[50.0] < far[0.0]
+
+
+@pytest.mark.parametrize("algorithm", ["gae", "ppo"])
+def test_what_is_judged_is_what_the_settings_say(make, starts, checkpoints, algorithm: str) -> None:
+    """Temperature, gamma, lambda, the penalty's discount and the reward's scale, on plain forward passes."""
+    kl = KLSettings(beta=0.3, target=None)
+    s = settings(algorithm, temperature=0.7, gamma=0.9, lam=0.6, whiten=False, kl=kl, learning_rate=1e-2)
+    trainer = make(s)
+    trainer.step()
+    chosen = trainer._prompts_of(1)
+    texts, greedy, _ = trainer._roll_out(chosen)
+    r, row = trainer._judge(chosen, texts, greedy)
+    batch = collate(texts, 0)
+    mask = batch.mask_B_S[:, 1:]
+    with torch.no_grad():
+        old = response_logprobs(trainer.policy, batch, 0.7)
+        ref = response_logprobs(models.load(starts["llama"], "policy").eval(), batch, 0.7)
+        scores = (sequence_scores(models.load(checkpoints["llama", "reward"], "reward").eval(), batch) - 0.1) / 2
+        model = trainer.critic if algorithm == "ppo" else models.load(checkpoints["llama", "value"], "value").eval()
+        values = token_values(model, batch)
+    signals = Signals(mask, values_B_S=values, scores_B=scores, gamma=0.9, lam=0.6)
+    expected = ESTIMATORS["critic" if algorithm == "ppo" else "gae"](signals)
+    expected = expected + discounted_sum(kl_rewards(old, ref, mask, 0.3), mask, 0.9 * 0.6)
+    assert float((old - ref).abs().max()) > 1e-2
+    assert torch.allclose(r.advantages, expected, atol=1e-4)
+    n = mask.sum()
+    assert row["kl"] == pytest.approx(float((old - ref).sum() / n), abs=1e-5)
+    assert row["surprise"] == pytest.approx(-float(old.sum() / n), abs=1e-5)
+    eos = trainer.tokenizer.eos_token_id
+    assert row["finished"] == sum(t.response_ids[-1] == eos for t in texts) / len(texts)
+    if algorithm == "ppo":
+        assert torch.allclose(r.old_values, values[:, :-1], atol=1e-5)
+        assert torch.allclose(r.returns, expected + values[:, :-1], atol=1e-4)
+        assert row["score"] == pytest.approx(float(scores.mean()), abs=1e-5)
+    else:
+        assert row["value"] == pytest.approx(float(values[:, 1:][mask].mean()), abs=1e-5)
+
+
+def test_whitening_is_over_the_response_tokens(make) -> None:
+    trainer = make(settings())
+    chosen = trainer._prompts_of(0)
+    r, _ = trainer._judge(chosen, *trainer._roll_out(chosen)[:2])
+    assert not r.mask.all()
+    assert float(r.advantages[r.mask].mean()) == pytest.approx(0, abs=1e-5)
+    assert float(r.advantages[r.mask].std(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_settings_of_the_losses_reach_them(make, monkeypatch) -> None:
+    clips, kept, critic, pulled = [], [], [], []
+    ours, theirs = policy.policy_loss, policy.critic_loss
+
+    def loss(*args):
+        clips.append(args[4])
+        kept.append((int(args[5]), int(args[3].sum())))
+        return ours(*args)
+
+    def value_loss(*args):
+        critic.append((args[4], theirs(*args)))
+        assert int(args[5]) == kept[-1][0]
+        return critic[-1][1]
+
+    monkeypatch.setattr(policy, "policy_loss", loss)
+    monkeypatch.setattr(policy, "critic_loss", value_loss)
+    ppo = Ppo(critic_learning_rate=3e-4, value_clip=0.35, value_coefficient=0.25)
+    trainer = make(settings(clip=0.15, max_grad_norm=0.5).model_copy(update={"algorithm": ppo}))
+    assert trainer.critic_learner.optimizer.param_groups[0]["lr"] == 3e-4
+    assert (trainer.policy_learner.max_grad_norm, trainer.critic_learner.max_grad_norm) == (0.5, 0.5)
+    backward = trainer.critic_learner.backward
+    monkeypatch.setattr(
+        trainer.critic_learner, "backward", lambda x, last: (pulled.append(float(x)), backward(x, last))
+    )
+    trainer.step()
+    assert set(clips) == {0.15} and {clip for clip, _ in critic} == {0.35}
+    assert pulled == pytest.approx([0.25 * float(x) for _, x in critic])
+    assert all(count == tokens for count, tokens in kept)  # a mini-batch is divided by its own tokens
+
+
+def test_a_first_critic_step_pulls_the_values_to_the_returns(make) -> None:
+    """Before any step the critic's values are the old ones, so its loss is half the mean squared advantage."""
+    trainer = make(settings("ppo", epochs=1, minibatch_size=4, whiten=False))
+    chosen = trainer._prompts_of(0)
+    r, _ = trainer._judge(chosen, *trainer._roll_out(chosen)[:2])
+    row = trainer._learn(r, 0)
+    assert row["critic_loss"] == pytest.approx(0.5 * float((r.advantages[r.mask] ** 2).mean()), rel=1e-4)
+
+
+def test_every_epoch_has_its_own_order_and_a_row_is_a_mean_over_steps(make, monkeypatch) -> None:
+    trainer = make(settings(epochs=3, prompts_per_update=8))
+    chosen = trainer._prompts_of(0)
+    r, _ = trainer._judge(chosen, *trainer._roll_out(chosen)[:2])
+    seen: list[int] = []
+    steps = iter(range(12))
+    said = lambda r, rows, count, last: (seen.extend(rows), {"policy_loss": float(next(steps)), "clipped": 0.5})[1]  # noqa
+    monkeypatch.setattr(trainer, "_backward", said)
+    row = trainer._learn(r, 0)
+    epochs = [tuple(seen[k : k + 8]) for k in (0, 8, 16)]
+    assert len(set(epochs)) == 3 and all(sorted(e) == list(range(8)) for e in epochs)
+    assert (row["policy_loss"], row["clipped"]) == (5.5, 0.5)
+
+
+def test_seeds_make_other_orders_and_answers(make) -> None:
+    one, other = make(settings("grpo"), seed=0), make(settings("grpo"), seed=1)
+    assert one._prompts_of(0) != other._prompts_of(0)
+    first = one._roll_out([0, 0])[0]
+    assert len({tuple(t.response_ids) for t in first}) > 1  # of one prompt
+    one.update = 1
+    assert one._roll_out([0, 0])[0] != first

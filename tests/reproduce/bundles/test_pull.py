@@ -13,10 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dvpo.files import sha256_tree
+from dvpo.errors import StageError
+from dvpo.files import sha256_tree, write_json
 from reproduce.bundles import sources
 from reproduce.bundles.manifest import manifest_bytes
 from reproduce.bundles.pull import REGISTRY, pull
@@ -256,3 +258,79 @@ class TestPull:
         assert (outcome.code, "not released" in outcome.err) == (2, True)
         unknown = dvpo("pull", "no-such-thing")
         assert (unknown.code, "no such folder" in unknown.err) == (2, True)
+
+    def test_a_bundle_that_another_signed_is_not_taken(
+        self, dvpo: Any, signed: Path, tmp_path: Path, keys: Any
+    ) -> None:
+        out = tmp_path / "out"
+        dvpo("pull", signed, "--out", out, "--public-key", keys("theirs")[1]).differs("another key")
+        assert not out.exists()
+
+    def test_a_released_name_has_its_digest(self, dvpo: Any, bundle: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        write_json(tmp_path / "a" / "names.json", {"ours": {"source": "bundle", "sha256": "0" * 64}})
+        monkeypatch.setattr("reproduce.bundles.pull.REGISTRY", tmp_path / "a" / "names.json")
+        dvpo("pull", "ours", "--out", tmp_path / "out").differs("not the wanted")
+
+    @pytest.mark.parametrize("word", ["1", "on", "YES", "true"])
+    def test_offline_in_every_spelling(self, dvpo: Any, tmp_path: Path, monkeypatch: Any, word: str) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", word)
+        assert "offline" in dvpo("pull", "http://127.0.0.1:9", "--out", tmp_path / "out").err
+
+    def test_another_sound_bundle_is_not_this_one(self, dvpo: Any, run: Path, made: Path, tmp_path: Path) -> None:
+        assert dvpo("release", run, "--stage", "seed0/sft", "--out", tmp_path / "out").code == 0
+        other = dvpo("pull", made, "--out", tmp_path / "out")
+        assert (other.code, "something else" in other.err) == (2, True)
+
+    def test_a_linked_folder_that_leads_out(self, dvpo: Any, bundle: Path, tmp_path: Path) -> None:
+        (bundle / "evaluation").rename(tmp_path / "moved")
+        (bundle / "evaluation").symlink_to(tmp_path / "moved")
+        dvpo("pull", bundle, "--out", tmp_path / "out").differs("leads out of the bundle")
+
+    def test_too_many_files(self, dvpo: Any, bundle: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr("reproduce.bundles.manifest.MOST_FILES", 3)
+        dvpo("verify", bundle).differs("at most 3")
+
+
+def reply(code: int, content: bytes, **headers: str) -> httpx.Response:
+    return httpx.Response(
+        code, headers={k.replace("_", "-"): v for k, v in headers.items()}, stream=httpx.ByteStream(content)
+    )
+
+
+def answering(reply: Any, url: str = "https://a") -> sources.WebSource:
+    """A source over a server that is a function of the request."""
+    source = sources.WebSource(url)
+    source.client = httpx.Client(transport=httpx.MockTransport(reply), follow_redirects=True)
+    return source
+
+
+class TestWeb:
+    def test_no_way_from_https_to_http(self) -> None:
+        away = httpx.Response(302, headers={"location": "http://b/x"})
+        source = answering(lambda r: away if r.url.scheme == "https" else reply(200, b"x"))
+        with pytest.raises(StageError, match="without encryption"):
+            source.small("manifest.json", 100)
+
+    def test_a_small_file_is_small(self) -> None:
+        source = answering(lambda r: reply(200, b"x" * 10))
+        assert source.small("manifest.json", 10) == b"x" * 10
+        with pytest.raises(StageError, match="more than 9 bytes"):
+            source.small("manifest.json", 9)
+
+    def test_another_range_than_was_asked_for(self, tmp_path: Path) -> None:
+        part = tmp_path / "part"
+        part.write_bytes(b"01234")
+        source = answering(lambda r: reply(206, b"01234", content_range="bytes 0-4/10"))
+        with pytest.raises(StageError, match="another part"):
+            source.fetch("x", 10, part)
+
+    def test_a_part_that_the_server_has_no_more_of_is_fetched_anew(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+        part = tmp_path / "part"
+        part.write_bytes(b"old and longer")
+        source = answering(lambda r: reply(416 if "range" in r.headers else 200, b"new"))
+        sources.fetch_url(source, "https://a/x.tar", None, part, 100)
+        assert part.read_bytes() == b"new"
+
+    def test_nothing_is_compressed_on_the_way(self) -> None:
+        assert sources.WebSource("https://a").client.headers["accept-encoding"] == "identity"

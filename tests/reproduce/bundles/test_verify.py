@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dvpo import models
-from dvpo.files import list_files, sha256_tree, write_json
-from reproduce.bundles.manifest import manifest_bytes
+from dvpo.files import list_files, sha256_file, sha256_tree, write_json
+from reproduce.bundles import signing, verify
+from reproduce.bundles.manifest import KEY, Metric, manifest_bytes
+from reproduce.stages import KINDS
 
 
 def linked(path: Path) -> None:
@@ -319,6 +321,36 @@ class TestVerify:
         assert dvpo("verify", bundle, "--metrics", "--data", data).code == 0
         flip(data / "test.jsonl", 40)
         assert dvpo("verify", bundle, "--metrics", "--data", data).code == 2
+
+    def test_signed_by_another_key_than_the_manifest_names(
+        self, dvpo: Any, made: Path, tmp_path: Path, keys: Any
+    ) -> None:
+        copy = Path(shutil.copytree(made, tmp_path / "copy"))
+        shutil.copy(keys("theirs")[1], copy / KEY)
+        content = json.loads((copy / "manifest.json").read_text())
+        content["files"][KEY] = {"sha256": sha256_file(copy / KEY), "size": (copy / KEY).stat().st_size}
+        content["signed_by"] = sha256_file(keys("ours")[1])
+        (copy / "manifest.json").write_bytes(manifest_bytes(content))
+        signing.sign(copy, keys("theirs")[0])
+        dvpo("verify", copy).differs("not the key that the manifest names")
+
+    def test_another_role(self, dvpo: Any, bundle: Path, reseal: Any) -> None:
+        reseal(bundle, lambda c: c.update(role="reward"))
+        dvpo("verify", bundle).differs("a value model, the manifest says reward")
+
+    def test_a_metric_made_worse_is_named_too(self, dvpo: Any, bundle: Path, reseal: Any) -> None:
+        def worse(content: dict[str, Any]) -> None:
+            content["metrics"][0]["values"]["accuracy"]["mean"]["accuracy"] -= 0.05
+
+        reseal(bundle, worse)
+        dvpo("verify", bundle, "--metrics").differs("accuracy/gvm accuracy.mean.accuracy: ")
+
+    def test_a_metric_is_measured_with_its_seed(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr(type(KINDS["gold"]), "function", lambda self: lambda ctx: {"seed": ctx.seed})
+        metric = Metric(
+            name="g", kind="gold", key="0" * 64, settings={}, seed=7, inputs={}, values={"seed": 7}, tolerance=0
+        )
+        assert [m.measured for m in verify._again(metric, {}, tmp_path / "work")] == [7]
 
 
 class TestSignature:
