@@ -454,11 +454,11 @@ def test_the_settings_of_the_losses_reach_them(make, monkeypatch) -> None:
     assert (trainer.policy_learner.max_grad_norm, trainer.critic_learner.max_grad_norm) == (0.5, 0.5)
     backward = trainer.critic_learner.backward
     monkeypatch.setattr(
-        trainer.critic_learner, "backward", lambda x, last: (pulled.append(float(x)), backward(x, last))
+        trainer.critic_learner, "backward", lambda x, last: (pulled.append(x.item()), backward(x, last))
     )
     trainer.step()
     assert set(clips) == {0.15} and {clip for clip, _ in critic} == {0.35}
-    assert pulled == pytest.approx([0.25 * float(x) for _, x in critic])
+    assert pulled == pytest.approx([0.25 * x.item() for _, x in critic])
     assert all(count == tokens for count, tokens in kept)  # a mini-batch is divided by its own tokens
 
 
