@@ -49,17 +49,22 @@ def attend_packed(
     if strange or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ValueError(f"this attention cannot be packed: {', '.join(sorted(strange)) or type(module).__name__}")
     if not _in_one_call(query):
-        for index, pieces in packing.keep.items():
-            keys, values = zip(*(keys_of(piece, key, value, module.layer_idx) for piece in pieces), strict=True)
-            packing.kept[index].put(*(torch.cat(of, 2) if len(of) > 1 else of[0] for of in (keys, values)))
-        if packing.handover is not None and packing.handover.wanted:
-            packing.handover.put(key, value)
+        hand_on(key, value, packing, module.layer_idx)
         if torch.is_grad_enabled():
             return _attend_whole(query, key, value, scaling, packing), None
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions made them float32
     if _in_one_call(query):
         return attend_in_one_call(query, key, value, scaling, packing, module.layer_idx), None
     return _attend_by_segment(query, key, value, scaling, packing, module.layer_idx), None
+
+
+def hand_on(key: Tensor, value: Tensor, packing: Packing, layer: int) -> None:
+    """Gives a layer's keys and values, [1, heads, N, D], to the later parts of a row and to what is kept of prompts."""
+    for index, pieces in packing.keep.items():
+        keys, values = zip(*(keys_of(piece, key, value, layer) for piece in pieces), strict=True)
+        packing.kept[index].put(*(torch.cat(of, 2) if len(of) > 1 else of[0] for of in (keys, values)))
+    if packing.handover is not None and packing.handover.wanted:
+        packing.handover.put(key, value)
 
 
 def _in_one_call(query: Tensor) -> bool:

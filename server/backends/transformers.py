@@ -20,6 +20,7 @@ from dvpo.packed_values import Group, can_pack, packed_values
 from dvpo.values import score_all, unwrapped
 from server.backends import ModelInfo, Scored
 from server.backends.cpu_decoder import pack_decoder
+from server.backends.cpu_kernels import kernels
 from server.backends.cpu_layers import pack_layers, prepare_process
 from server.backends.gpu_decoder import CudaRecorder, record_decoder
 from server.loading import identity, load
@@ -114,7 +115,7 @@ class TransformersBackend:
                 record_decoder(body, CudaRecorder())
         else:
             if self._packs:
-                pack_decoder(body, self._shares)
+                pack_decoder(body, self._shares, None if exact else kernels())
             pack_layers(body)
         self._one_by_one = exact or _scales_with_length(self._model.config)
         self.cache = PrefixCache(0 if self._one_by_one or not self._packs else cache_bytes)
@@ -135,12 +136,13 @@ class TransformersBackend:
         """
         for index, item in enumerate(items):
             self._require_known(index, item)
+        cores = self._cores if alone else max(1, self._cores // self.workers)
         if self.workers > 1:
-            torch.set_num_threads(self._cores if alone else max(1, self._cores // self.workers))  # of this thread only
+            torch.set_num_threads(cores)  # of this thread only
         with self._shares.busy(self.workers if alone else 1):
             if self._one_by_one:
                 return [scored for item in items for scored in self._score([item])]
-            return self._score(items, self._cores if alone and self.workers > 1 else 1)
+            return self._score(items, cores if self.workers > 1 else 1)
 
     def close(self) -> None:
         """Frees the model and what was kept."""

@@ -31,9 +31,8 @@ def random_classifier(kind: str, dtype: torch.dtype, **more: Any) -> Any:
     """A random value model of an architecture, with norms whose weights are not 1."""
     torch.manual_seed(1)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = AutoConfig.for_model(
-        kind, **sizes, num_key_value_heads=2, vocab_size=64, head_dim=16, num_labels=1, pad_token_id=0, **more
-    )
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 64, "head_dim": 16, "num_labels": 1, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **(sizes | more))
     model = AutoModelForTokenClassification.from_config(config).to(dtype).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):

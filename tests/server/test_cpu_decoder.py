@@ -13,8 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from dvpo import packed_parts
 from dvpo.packed_parts import Cores
 from dvpo.packed_values import Group, can_pack, packed_values
-from server.backends import cpu_decoder, cpu_layers
+from server.backends import cpu_decoder, cpu_decoder_layers, cpu_layers
 from server.backends.cpu_decoder import PackedDecoder, pack_decoder
+from server.backends.cpu_decoder_layers import PackedDecoderLayer, TileDecoderLayer, VectorDecoderLayer
+from server.backends.cpu_kernels import kernels
 from server.backends.cpu_layers import PackedLinear, rows_for_tiles
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this machine has no oneDNN")
@@ -23,23 +25,40 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(params=[False, True], ids=["plain", "tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the CPU is taken to have tiles for bfloat16: what is done for them can be computed on any."""
-    for module in (cpu_decoder, cpu_layers):
+    for module in (cpu_decoder, cpu_decoder_layers, cpu_layers):
         monkeypatch.setattr(module, "has_tiles", lambda dtype: request.param and dtype == torch.bfloat16)
     return bool(request.param)
 
 
+def form_of(with_kernels: bool, tiles: bool, dtype: torch.dtype) -> type:
+    """The form that a layer takes on a CPU that is taken to have tiles or none. Skips what this CPU cannot have."""
+    if not with_kernels:
+        return PackedDecoderLayer
+    found = kernels()
+    if found is None:
+        pytest.skip("no kernels: they need AVX-512 and a C++ compiler")
+    if not tiles or dtype == torch.float32:
+        return VectorDecoderLayer
+    if not found.tiles:
+        pytest.skip("no kernels for tiles: they need AMX too")
+    return TileDecoderLayer
+
+
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("with_kernels", [False, True], ids=["torch", "kernels"])
 def test_decoder_layers_compute_what_they_stand_for(
-    classifier: Any, tiles: bool, kind: str, dtype: torch.dtype, allowed: float
+    classifier: Any, tiles: bool, kind: str, dtype: torch.dtype, allowed: float, with_kernels: bool
 ) -> None:
+    form = form_of(with_kernels, tiles, dtype)
     more = {"sliding_window": None} if kind == "mistral" else {}
     model = classifier(kind, dtype, **more)
     groups = [Group([5, 6, 7, 8], [[9, 10], [11, 12, 13]], keep=True), Group([14], [[15] * 80])]
     assert can_pack(model)
     expected, kept = packed_values(model, groups)
-    pack_decoder(model.model, Cores(1))
+    pack_decoder(model.model, Cores(1), kernels() if with_kernels else None)
     assert [type(layer) for layer in model.model.layers] == [PackedDecoder]
+    assert {type(layer) for layer in model.model.layers[0].layers} == {form}
     found, kept_here = packed_values(model, groups)
     warm, _ = packed_values(model, [Group(g.prompt_ids, g.responses, kept_here.get(i)) for i, g in enumerate(groups)])
     for values in (found, warm):
@@ -49,13 +68,57 @@ def test_decoder_layers_compute_what_they_stand_for(
     assert kept_here[0].keys_L_1_H_P_D.dtype == (torch.bfloat16 if tiles and dtype == torch.bfloat16 else torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("odd", "form"),
+    [
+        ({"intermediate_size": 72}, VectorDecoderLayer),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, VectorDecoderLayer),
+        ({"head_dim": 24}, PackedDecoderLayer),
+    ],
+)
+def test_a_layer_whose_sizes_kernels_do_not_fit_takes_the_next_form(
+    classifier: Any, odd: dict[str, int], form: type
+) -> None:
+    found = kernels()
+    if found is None or not found.tiles:
+        pytest.skip("no kernels for tiles: they need AVX-512, AMX and a C++ compiler")
+    model = classifier("llama", torch.bfloat16, **odd)
+    groups = [Group([5, 6, 7, 8], [[9, 10], [11] * 40])]
+    assert can_pack(model)
+    expected = torch.cat(packed_values(model, groups)[0][0])
+    pack_decoder(model.model, Cores(1), found)
+    assert {type(layer) for layer in model.model.layers[0].layers} == {form}
+    assert (torch.cat(packed_values(model, groups)[0][0]) - expected).norm() <= 0.03 * expected.norm()
+
+
+@settings(max_examples=40, deadline=None)
+@given(given_groups=st.deferred(lambda: groups), parts=st.integers(1, 3), warm=st.booleans())
+def test_in_tiles_a_text_has_the_same_values_to_the_last_bit_in_any_company(
+    classifier: Any, given_groups: list[Group], parts: int, warm: bool
+) -> None:
+    found = kernels()
+    if found is None or not found.tiles:
+        pytest.skip("no kernels for tiles: they need AVX-512, AMX and a C++ compiler")
+    model = classifier("llama", torch.bfloat16)
+    assert can_pack(model)
+    pack_decoder(model.model, Cores(1), found)
+    together, kept = packed_values(model, given_groups, parts)
+    if warm:
+        again = [Group(g.prompt_ids, g.responses, kept.get(i)) for i, g in enumerate(given_groups)]
+        together, _ = packed_values(model, again, parts)
+    for group, values in zip(given_groups, together, strict=True):
+        for response, values_S in zip(group.responses, values, strict=True):
+            alone = packed_values(model, [Group(group.prompt_ids, [response])])[0][0][0]
+            assert torch.equal(values_S, alone)
+
+
 def test_a_row_has_rows_for_tiles_and_its_values_do_not_change(
     classifier: Any, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products are made of few numbers of rows, whatever the texts' lengths."""
     model = classifier("llama", torch.bfloat16)
     assert can_pack(model)
-    pack_decoder(model.model, Cores(1))
+    pack_decoder(model.model, Cores(1), None)
     seen: set[int] = set()
     forward = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: (seen.add(x.shape[1]), forward(self, x))[1])
@@ -82,7 +145,7 @@ def test_layers_of_another_form_are_left_as_they_are(classifier: Any, kind: str)
     model = classifier(kind, torch.float32)
     assert can_pack(model)
     before = list(model.model.layers)
-    pack_decoder(model.model, Cores(1))
+    pack_decoder(model.model, Cores(1), None)
     assert list(model.model.layers) == before
 
 
@@ -95,13 +158,13 @@ def test_biases_that_only_some_projections_have_are_no_error(classifier: Any) ->
         biased = nn.Linear(linear.in_features, linear.out_features, bias=name == "q_proj")
         setattr(attention, name, biased)
     before = list(model.model.layers)
-    pack_decoder(model.model, Cores(1))
+    pack_decoder(model.model, Cores(1), None)
     assert list(model.model.layers) == before
 
 
 def test_a_model_without_layers_of_its_own_is_left_alone(classifier: Any) -> None:
     mlp = classifier("llama", torch.float32).model.layers[0].mlp
-    pack_decoder(mlp, Cores(1))
+    pack_decoder(mlp, Cores(1), None)
     assert type(mlp) is LlamaMLP
 
 
@@ -134,14 +197,18 @@ groups = st.lists(
 )
 
 
+@pytest.mark.parametrize("with_kernels", [False, True], ids=["torch", "kernels"])
 @settings(max_examples=60, deadline=None)
 @given(given_groups=groups, layer=st.integers(1, 2), count=st.integers(1, 3))
-def test_cores_that_join_in_change_nothing(classifier: Any, given_groups: list[Group], layer: int, count: int) -> None:
+def test_cores_that_join_in_change_nothing(
+    classifier: Any, with_kernels: bool, given_groups: list[Group], layer: int, count: int
+) -> None:
+    form_of(with_kernels, False, torch.float32)
     model = classifier("llama", torch.float32)
     assert can_pack(model)
     expected, kept = packed_values(model, given_groups)
     cores = Joining(layer, count)
-    pack_decoder(model.model, cores)
+    pack_decoder(model.model, cores, kernels() if with_kernels else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_decoder, "LEAST_PART", 4)
         found, kept_here = packed_values(model, given_groups)
@@ -185,7 +252,7 @@ def test_a_part_that_fails_frees_the_cores_that_joined_in(classifier: Any, monke
     model = classifier("llama", torch.float32)
     assert can_pack(model)
     cores = Joining(1, 1)
-    pack_decoder(model.model, cores)
+    pack_decoder(model.model, cores, None)
     released: list[int] = []
     monkeypatch.setattr(cores, "release", released.append)
 
@@ -206,5 +273,5 @@ def test_a_part_that_fails_frees_the_cores_that_joined_in(classifier: Any, monke
 def test_a_model_of_no_layers_is_left_alone() -> None:
     body = nn.Module()
     body.layers = nn.ModuleList()
-    pack_decoder(body, Cores(1))
+    pack_decoder(body, Cores(1), None)
     assert not len(body.layers)

@@ -1,0 +1,307 @@
+"""The compiled kernels against plain loops in float64, and how they are compiled."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from dvpo.packed_parts import Row, cut
+from dvpo.packed_row import Packing, Prefix, Segment
+from server.backends import cpu_kernels
+from server.backends.cpu_kernels import Heads, Kernels, Panels, compiled, gate_and_up, kernels, turning
+
+FOUND = kernels()
+needs_kernels = pytest.mark.skipif(FOUND is None, reason="no kernels: they need AVX-512 and a C++ compiler")
+needs_tiles = pytest.mark.skipif(FOUND is None or not FOUND.tiles, reason="no kernels for tiles: they need AMX too")
+TYPES = [
+    pytest.param(torch.float32, 2e-6, marks=needs_kernels),
+    pytest.param(torch.bfloat16, 0.006, marks=needs_tiles),
+]
+
+
+def made() -> Kernels:
+    assert FOUND is not None
+    return FOUND
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def attended(qkv_N_C: Tensor, heads: Heads, segment: Segment, prefix: Prefix | None) -> Tensor:
+    """Attention of one segment, a token, a head and a key at a time in float64. [n, queries * width]."""
+    rows = qkv_N_C.double().unflatten(1, (-1, heads.width))
+    keys_of, values_of = [], []
+    for piece in (*segment.before, slice(segment.start, segment.stop)):
+        if isinstance(piece, slice):
+            keys_of.append(rows[piece, heads.queries : heads.queries + heads.keys])
+            values_of.append(rows[piece, heads.queries + heads.keys :])
+        else:
+            assert piece is prefix
+            keys_of.append(prefix.keys_L_1_H_P_D[1, 0].transpose(0, 1).double())
+            values_of.append(prefix.values_L_1_H_P_D[1, 0].transpose(0, 1).double())
+    keys, values = torch.cat(keys_of), torch.cat(values_of)
+    count = segment.stop - segment.start
+    out = torch.empty(count, heads.queries, heads.width, dtype=torch.float64)
+    for token in range(count):
+        seen = len(keys) - count + token + 1
+        for head in range(heads.queries):
+            of = head * heads.keys // heads.queries
+            scores = keys[:seen, of] @ rows[segment.start + token, head] * heads.scaling
+            out[token, head] = scores.softmax(0) @ values[:seen, of]
+    return out.flatten(1)
+
+
+@st.composite
+def rows_of_texts(draw: st.DrawFn) -> tuple[Heads, Packing, int, int]:
+    """Heads, how a row is read, its tokens, and how many tokens were kept of a prompt, which some texts follow."""
+    keys = draw(st.integers(1, 3))
+    heads = Heads(keys * draw(st.integers(1, 3)), keys, draw(st.sampled_from([16, 32, 48, 64, 80])), 0.2)
+    lengths = st.one_of(st.integers(1, 40), st.integers(1, 300))
+    kept = draw(lengths)
+    segments: list[Segment] = []
+    end = 0
+    prompt: slice | None = None
+    for _ in range(draw(st.integers(1, 4))):
+        count = draw(lengths)
+        place = slice(end, end + count)
+        follows = draw(st.sampled_from(["nothing", "row", "kept", "both"]))
+        before: list[Any] = [SimpleNamespace(kept=True)] if follows in ("kept", "both") else []
+        if prompt is not None and follows in ("row", "both"):
+            before.append(prompt)
+        segments.append(Segment(place.start, place.stop, tuple(before)))
+        prompt = place if prompt is None or draw(st.booleans()) else prompt
+        end += count
+    return heads, Packing(segments), end, kept
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), TYPES)
+@settings(max_examples=40, deadline=None)
+@given(given_row=rows_of_texts(), seed=st.integers(0, 1000))
+def test_attention_is_that_of_a_plain_loop(
+    dtype: torch.dtype, allowed: float, given_row: tuple[Heads, Packing, int, int], seed: int
+) -> None:
+    heads, packing, tokens, kept = given_row
+    random = torch.Generator().manual_seed(seed)
+    qkv_N_C = (2 * torch.randn(tokens, heads.turning + heads.keys * heads.width, generator=random)).to(dtype)
+    before = torch.randn(2, 3, 1, heads.keys, kept, heads.width, generator=random).to(dtype)
+    prefix = Prefix(before[0], before[1], 0.0)
+    for segment in packing.segments:
+        segment.before = tuple(prefix if isinstance(piece, SimpleNamespace) else piece for piece in segment.before)
+    found = made().attend(qkv_N_C, heads, packing, 1)
+    for segment in packing.segments:
+        mine = found[segment.start : segment.stop, : heads.queries * heads.width].double()
+        theirs = attended(qkv_N_C, heads, segment, prefix)
+        assert (mine - theirs).norm() <= allowed * theirs.norm()
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), TYPES)
+@pytest.mark.parametrize("size", [0.0, 1e-20, 30.0, 300.0])
+def test_scores_of_any_size_are_weighed(dtype: torch.dtype, allowed: float, size: float) -> None:
+    """None overflows, and where one key outweighs all others by far nothing is left of them."""
+    heads = Heads(2, 1, 32, 1.0)
+    qkv_N_C = torch.randn(600, 128, generator=torch.Generator().manual_seed(3)).to(dtype)
+    qkv_N_C[:, :96] *= size
+    found = made().attend(qkv_N_C, heads, Packing([Segment(0, 600)]), 0)[:600, :64].double()
+    expected = attended(qkv_N_C, heads, Segment(0, 600), None)
+    assert (found - expected).norm() <= 10 * allowed * expected.norm()
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), TYPES)
+def test_a_text_that_is_no_number_leaves_the_others_alone(dtype: torch.dtype, allowed: float) -> None:
+    heads = Heads(2, 1, 16, 0.3)
+    qkv_N_C = torch.randn(70, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    packing = Packing([Segment(0, 33), Segment(33, 70)])
+    before = made().attend(qkv_N_C, heads, packing, 0)[33:70, :32].clone()
+    qkv_N_C[:33] = math.nan
+    after = made().attend(qkv_N_C, heads, packing, 0)
+    assert torch.equal(after[33:70, :32], before) and bool(after[:33, :32].isnan().all())
+
+
+@needs_kernels
+@given(rows=st.integers(0, 40), width=st.sampled_from([16, 64, 576]), seed=st.integers(0, 9))
+def test_rows_are_divided_by_their_size(rows: int, width: int, seed: int) -> None:
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    expected = unit(x.double(), 1e-5)
+    assert bool(((made().unit(x, 1e-5) - expected).abs() <= 2e-6).all())
+
+
+def angles(tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as models have them: the first half of a head's, twice. [N, W] each."""
+    of = torch.rand(tokens, width // 2, generator=torch.Generator().manual_seed(7)) * 6
+    return torch.cat([of.cos(), of.cos()], 1), torch.cat([of.sin(), of.sin()], 1)
+
+
+def rotated(x_N_H_W: Tensor, cos_N_W: Tensor, sin_N_W: Tensor) -> Tensor:
+    """Neighbours as complex numbers, turned."""
+    pairs = torch.view_as_complex(x_N_H_W.double().unflatten(-1, (-1, 2)).contiguous())
+    half = cos_N_W.shape[1] // 2
+    by = torch.complex(cos_N_W[:, None, :half].double(), sin_N_W[:, None, :half].double())
+    return torch.view_as_real(pairs * by).flatten(-2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [16, 48, 64])
+def test_queries_and_keys_are_rotated_and_values_are_not(width: int) -> None:
+    heads = Heads(3, 1, width, 1.0)
+    qkv_N_C = torch.randn(9, 5 * width, generator=torch.Generator().manual_seed(1))
+    cos, sin = angles(9, width)
+    before = qkv_N_C.clone()
+    made().rotate(qkv_N_C, heads, turning(cos, sin))
+    expected = rotated(before[:, : 4 * width].unflatten(1, (-1, width)), cos, sin).flatten(1)
+    assert torch.allclose(qkv_N_C[:, : 4 * width].double(), expected, atol=1e-6)
+    assert torch.equal(qkv_N_C[:, 4 * width :], before[:, 4 * width :])
+
+
+def random_weight(out: int, depth: int, seed: int) -> Tensor:
+    return (torch.randn(out, depth, generator=torch.Generator().manual_seed(seed)) / depth**0.5).bfloat16()
+
+
+@needs_tiles
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("tokens", "inner"), [(1, 160), (31, 32), (32, 64), (33, 160), (256, 2048), (300, 2080)])
+def test_a_layers_products_in_tiles(tokens: int, inner: int, biased: bool) -> None:
+    """What is rounded to bfloat16 on the way is rounded here too; the sums are in float64."""
+    width, heads = 96, Heads(4, 1, 16, 1.0)
+    random = torch.Generator().manual_seed(tokens)
+    weights = [random_weight(out, depth, i) for i, (out, depth) in enumerate(
+        [(96, width), (width, 64), (inner, width), (inner, width), (width, inner)]
+    )]  # fmt: skip
+    biases = [torch.randn(len(w), generator=random).bfloat16() if biased else None for w in weights]
+    qkv, output, _, _, down = (Panels(w, b) for w, b in zip(weights, biases, strict=True))
+    gate_bias = gate_and_up(biases[2], biases[3]) if biases[2] is not None and biases[3] is not None else None
+    gated = Panels(gate_and_up(weights[2], weights[3]), gate_bias)
+    hidden = 3 * torch.randn(tokens, width, generator=random)
+    cos, sin = angles(tokens, 16)
+
+    def linear(x: Tensor, which: int) -> Tensor:
+        bias = biases[which]
+        return functional.linear(x.double(), weights[which].double(), None if bias is None else bias.double())
+
+    found = made().project(hidden, 1e-5, qkv, heads, turning(cos, sin))
+    expected = linear(unit(hidden, 1e-5).bfloat16(), 0)
+    expected[:, :80] = rotated(expected[:, :80].unflatten(1, (-1, 16)), cos, sin).flatten(1)
+    assert (found.double() - expected).norm() <= 0.004 * expected.norm()
+
+    attended_N_C = torch.randn(tokens, 64, generator=random).bfloat16()
+    rows = torch.full((-(-tokens // 32) * 32, 96), math.nan, dtype=torch.bfloat16)  # what stands beside is not read
+    rows[:tokens, :64] = attended_N_C
+    after = hidden.double() + linear(attended_N_C, 1)
+    between = unit(after.float(), 1e-5).bfloat16()
+    more = linear((functional.silu(linear(between, 2)) * linear(between, 3)).bfloat16(), 4)
+    here = hidden.clone()
+    made().finish(rows, here, 1e-5, output, gated, down)
+    assert (here - (after + more)).norm() <= 0.004 * (after + more - hidden).norm()
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), TYPES)
+@settings(max_examples=15, deadline=None)
+@given(parts=st.integers(2, 5), tokens=st.integers(5, 600), seed=st.integers(0, 9))
+def test_a_row_in_parts_is_the_same_to_the_last_bit(
+    dtype: torch.dtype, allowed: float, parts: int, tokens: int, seed: int
+) -> None:
+    heads = Heads(4, 2, 32, 0.2)
+    qkv_N_C = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    whole = Packing([Segment(0, tokens)])
+    expected = made().attend(qkv_N_C, heads, whole, 0)[:tokens, :128]
+    found, end = [], 0
+    for row in cut(Row(whole, [0] * tokens, [0] * tokens), parts, 64):
+        here = qkv_N_C[end : end + len(row.ids)]
+        if row.packing.handover is not None:
+            row.packing.handover.put(*heads.keys_and_values(here))
+        found.append(made().attend(here, heads, row.packing, 0)[: len(row.ids), :128])
+        end += len(row.ids)
+    assert torch.equal(torch.cat(found), expected)
+
+
+# ---- how they are compiled
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder for the library; what this process has loaded stays loaded."""
+    monkeypatch.setenv(cpu_kernels.KERNELS, str(tmp_path / "made"))
+    kernels.cache_clear()
+    yield tmp_path / "made"
+    kernels.cache_clear()
+
+
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """The only compiler that is found is a script."""
+    found = tmp_path / "bin" / "c++"
+    found.parent.mkdir()
+    found.write_text(f"#!/bin/sh\n{script}\n")
+    found.chmod(0o755)
+    monkeypatch.setenv("PATH", str(found.parent))
+
+
+@needs_kernels
+def test_the_library_is_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiled()
+    assert first.parent == folder and [path.name for path in folder.iterdir()] == [first.name]
+    monkeypatch.setenv("PATH", "")  # nothing could compile it again
+    assert compiled() == first
+    assert kernels() is not None
+
+
+@needs_kernels
+def test_processes_that_compile_at_the_same_time_do_not_meet(folder: Path) -> None:
+    command = [sys.executable, "-c", "from server.backends.cpu_kernels import kernels; assert kernels() is not None"]
+    started = [subprocess.Popen(command, env=dict(os.environ), stderr=subprocess.PIPE) for _ in range(2)]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert len(list(folder.iterdir())) == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo bad flag >&2; exit 1", "failed: bad flag"), ("exit 3", "failed"), ("exit 0", "No such file")],
+)
+def test_a_compiler_that_fails_is_no_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, script: str, said: str
+) -> None:
+    compiler(tmp_path, monkeypatch, script)
+    assert kernels() is None
+    assert said in "".join(capsys.readouterr()) and not list(folder.iterdir())
+
+
+@needs_kernels
+def test_no_compiler_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert kernels() is None
+    assert "there is no C++ compiler" in "".join(capsys.readouterr()) and not folder.exists()
+
+
+@needs_kernels
+def test_a_folder_that_cannot_be_made_is_no_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(cpu_kernels.KERNELS, str(tmp_path / "file" / "made"))
+    assert kernels() is None
+    assert "Not a directory" in "".join(capsys.readouterr())
+
+
+@needs_kernels
+def test_a_library_that_cannot_be_loaded_is_no_error(folder: Path, capsys: Any) -> None:
+    compiled().write_bytes(b"torn")
+    assert kernels() is None
+    assert "too short" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ["avx512_f", "fma3"])
+def test_a_cpu_without_the_vectors_has_no_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    others = {**dict.fromkeys(("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3"), True), name: False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: others)
+    assert kernels() is None and not folder.exists()
