@@ -49,6 +49,17 @@ RUN python container/commit.py "$COMMIT" .git > commit \
     && mkdir -p /data/models /data/runs /data/artifacts /data/cache \
     && chmod -R 0777 /data
 
+# ---- the scoring server's kernels: compiled here, so that no container needs a compiler
+FROM cpu-packages AS kernels
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=code /app /app
+WORKDIR /app
+RUN DVPO_KERNELS=/opt/kernels python -c "from server.backends.cpu_kernels import compiled; print(compiled())" \
+    && chmod -R a+rX /opt/kernels
+
 # ---- cuda
 FROM ${CUDA_IMAGE}${CUDA_DIGEST:+@${CUDA_DIGEST}} AS cuda
 # g++ and the headers are for kernels that Triton compiles at run time.
@@ -87,12 +98,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 dvpo && useradd --uid 10001 --gid 10001 --home-dir /data --no-create-home dvpo
 COPY --from=cpu-packages /opt/venv /opt/venv
+COPY --from=kernels /opt/kernels /opt/kernels
 COPY --from=code /app /app
 COPY --from=code /data /data
 # hadolint ignore=DL3064
 ENV PATH=/opt/venv/bin:$PATH HOME=/data USER=dvpo LOGNAME=dvpo PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/data/models XDG_CACHE_HOME=/data/cache MPLCONFIGDIR=/data/cache/matplotlib \
-    TORCHINDUCTOR_CACHE_DIR=/data/cache/inductor TOKENIZERS_PARALLELISM=false
+    TORCHINDUCTOR_CACHE_DIR=/data/cache/inductor TOKENIZERS_PARALLELISM=false DVPO_KERNELS=/opt/kernels
 RUN --mount=type=cache,target=/root/.cache/pip,id=pip-cpu pip install --no-deps --no-build-isolation -e /app \
     && python /app/container/packages.py > /app/packages.json
 WORKDIR /data

@@ -4,7 +4,7 @@ It stands for the layers of Llama, Mistral, Qwen2 and their like; `cpu_decoder_l
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from server.backends.cpu_decoder_layers import (
     VectorDecoderLayer,
 )
 from server.backends.cpu_kernels import Kernels
-from server.backends.cpu_layers import has_tiles
 from server.backends.known_layers import is_decoder_layer
 
 DecoderLayer = PackedDecoderLayer | TileDecoderLayer
@@ -88,27 +87,35 @@ class PackedDecoder(nn.Module):
 
 
 @torch.no_grad()
-def pack_decoder(body: nn.Module, cores: Cores, kernels: Kernels | None) -> None:
-    """Changes the decoder layers of a model that reads packed rows in place, where they are of the form known here."""
+def pack_decoder(body: nn.Module, cores: Cores, find_kernels: Callable[[], Kernels | None]) -> None:
+    """Changes the decoder layers of a model that reads packed rows in place, where they are of the form known here.
+
+    All of them take the fastest form that there is of each, or none does: they share what is kept of prompts. Only one
+    layer at a time is held twice.
+    """
     layers: Any = getattr(body, "layers", None)
     if not torch.backends.mkldnn.is_available() or not isinstance(layers, nn.ModuleList) or not len(layers):
         return
-    done: list[DecoderLayer] = []
-    for index, layer in enumerate(layers):
-        packed = _packed_decoder_layer(layer, body, kernels)
-        if packed is None:
+    if not all(is_decoder_layer(layer) for layer in layers):
+        return
+    kernels = find_kernels()
+    for form in (TileDecoderLayer, VectorDecoderLayer, PackedDecoderLayer):
+        if all(_is_the_same(layer, form, kernels, body) for layer in layers):
+            done: list[DecoderLayer] = []
+            for index, layer in enumerate(layers):
+                layers[index] = packed = form(layer, Parts.of(layer), kernels)
+                done.append(packed)
+            body.layers = nn.ModuleList([PackedDecoder(done, cores)])
             return
-        layers[index] = packed  # at once, so that no more than one layer is held twice
-        done.append(packed)
-    body.layers = nn.ModuleList([PackedDecoder(done, cores)])
 
 
-def _packed_decoder_layer(layer: Any, body: Any, kernels: Kernels | None) -> DecoderLayer | None:
-    """The layer's packed form, if it is such a layer and the two compute the same on a few random rows."""
-    if not is_decoder_layer(layer):
-        return None
+def _is_the_same(layer: Any, form: type[DecoderLayer], kernels: Kernels | None, body: Any) -> bool:
+    """Whether there is this form of the layer, and the two compute the same on a few random rows."""
     try:
-        packed = _form(layer, Parts.of(layer), kernels)
+        parts = Parts.of(layer)
+        if not form.takes(layer, parts, kernels):
+            return False
+        packed = form(layer, parts, kernels)
         weight: Tensor = layer.mlp.down_proj.weight
         in_float32 = layer if weight.dtype == torch.float32 else copy.deepcopy(layer).float()
         x = torch.randn(1, 7, weight.shape[0], generator=torch.Generator().manual_seed(0))
@@ -119,15 +126,6 @@ def _packed_decoder_layer(layer: Any, body: Any, kernels: Kernels | None) -> Dec
             for each in (in_float32, packed)
         )
         allowed = 1e-4 if weight.dtype == torch.float32 else 0.05
-        return packed if bool((found - expected).norm() <= allowed * (expected - x).norm()) else None
+        return bool((found - expected).norm() <= allowed * (expected - x).norm())
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
-        return None
-
-
-def _form(layer: Any, parts: Parts, kernels: Kernels | None) -> DecoderLayer:
-    """The fastest form that there is of a layer."""
-    if kernels is not None and has_tiles(parts.qkv.dtype) and kernels.tiles and TileDecoderLayer.takes(layer, parts):
-        return TileDecoderLayer(layer, parts, kernels)
-    if kernels is not None and VectorDecoderLayer.takes(parts):
-        return VectorDecoderLayer(layer, parts, kernels)
-    return PackedDecoderLayer(layer, parts)
+        return False

@@ -1,8 +1,9 @@
 """Three forms of a decoder layer of Llama, Mistral, Qwen2 and their like, over a packed row on a CPU.
 
-`PackedDecoderLayer` has nothing but torch. With kernels compiled for this machine, `VectorDecoderLayer` leaves only the
-products to torch, and `TileDecoderLayer` nothing. All have queries, keys and values from one product and the norms'
-weights as part of the weights behind them; the two halves of a head that are rotated against each other stand as pairs.
+`PackedDecoderLayer` has nothing but torch. With kernels compiled for this machine, `VectorDecoderLayer` has its norms,
+rotation and attention from them, in float32, and `TileDecoderLayer` everything, in bfloat16. All have queries, keys and
+values from one product and the norms' weights as part of the weights behind them; the two halves of a head that are
+rotated against each other stand as pairs.
 """
 
 from dataclasses import dataclass
@@ -62,8 +63,9 @@ class PackedDecoderLayer(nn.Module):
     is_last = False
     """Then only the rows that are wanted get through it."""
 
-    def __init__(self, layer: Any, parts: Parts) -> None:
+    def __init__(self, layer: Any, parts: Parts, kernels: Kernels | None) -> None:
         super().__init__()
+        self._kernels: Any = kernels
         self.layer_idx = parts.index
         self._heads, self._eps, self._dtype = parts.heads, parts.eps, parts.qkv.dtype
         self._tiles = has_tiles(self._dtype)
@@ -83,6 +85,11 @@ class PackedDecoderLayer(nn.Module):
         wanted = list(range(tokens)) if packing.wanted is None else packing.wanted
         rows = wanted + wanted[-1:] * (self.rows(len(wanted)) - len(wanted))
         return self._rest(attended_1_R_C[:, rows], hidden_1_R_D[:, rows])[:, : len(wanted)]
+
+    @staticmethod
+    def takes(layer: Any, parts: Parts, kernels: Kernels | None) -> bool:
+        """Whether there is this form of a layer."""
+        return True
 
     def rows(self, count: int) -> int:
         """So many rows are computed for so many that are needed."""
@@ -119,16 +126,17 @@ class PackedDecoderLayer(nn.Module):
 
 
 class VectorDecoderLayer(PackedDecoderLayer):
-    """Norms, rotation and attention are our kernels, in float32; the products are torch's."""
-
-    def __init__(self, layer: Any, parts: Parts, kernels: Kernels) -> None:
-        super().__init__(layer, parts)
-        self._kernels = kernels
+    """Norms, rotation and attention are our kernels, in float32; the rest is torch's."""
 
     @staticmethod
-    def takes(parts: Parts) -> bool:
-        """Whether the kernels can read it."""
-        return parts.qkv.shape[1] % 16 == 0 and parts.heads.width % 16 == 0
+    def takes(layer: Any, parts: Parts, kernels: Kernels | None) -> bool:
+        """Whether the kernels can read it. With tiles torch's attention in bfloat16 is the faster one."""
+        return (
+            kernels is not None
+            and parts.qkv.shape[1] % 16 == 0
+            and parts.heads.width % 16 == 0
+            and not has_tiles(parts.qkv.dtype)
+        )
 
     def rows(self, count: int) -> int:
         """See the class above."""
@@ -139,7 +147,8 @@ class VectorDecoderLayer(PackedDecoderLayer):
         qkv_N_C = self.qkv(self._unit(hidden_1_R_D, 0))[0].float()
         self._kernels.rotate(qkv_N_C, self._heads, packing.rotation)
         hand_on(*self._heads.keys_and_values(qkv_N_C), packing, self.layer_idx)
-        return self._kernels.attend(qkv_N_C, self._heads, packing, self.layer_idx)[None]
+        attended_R_S = self._kernels.attend(qkv_N_C, self._heads, packing, self.layer_idx)
+        return attended_R_S[None, : len(qkv_N_C), : self._heads.queries * self._heads.width]
 
     def _unit(self, x: Tensor, norm: int) -> Tensor:
         return self._kernels.unit(x[0], self._eps[norm])[None].to(self._dtype)
@@ -153,9 +162,9 @@ class TileDecoderLayer(nn.Module):
 
     is_last = False
 
-    def __init__(self, layer: Any, parts: Parts, kernels: Kernels) -> None:
+    def __init__(self, layer: Any, parts: Parts, kernels: Kernels | None) -> None:
         super().__init__()
-        self._kernels = kernels
+        self._kernels: Any = kernels
         self._index, self._heads, self._eps = parts.index, parts.heads, parts.eps
         output, mlp = layer.self_attn.o_proj, layer.mlp
         gate, up = (scaled(of.weight, layer.post_attention_layernorm.weight) for of in (mlp.gate_proj, mlp.up_proj))
@@ -166,10 +175,11 @@ class TileDecoderLayer(nn.Module):
         self._down = Panels(mlp.down_proj.weight, mlp.down_proj.bias)
 
     @staticmethod
-    def takes(layer: Any, parts: Parts) -> bool:
+    def takes(layer: Any, parts: Parts, kernels: Kernels | None) -> bool:
         """Whether the kernels can read it."""
         sizes = (*parts.qkv.shape, parts.heads.queries * parts.heads.width, layer.mlp.down_proj.in_features)
-        return all(size % BLOCK == 0 for size in sizes) and parts.heads.width % 16 == 0
+        fits = all(size % BLOCK == 0 for size in sizes) and parts.heads.width % 16 == 0
+        return kernels is not None and kernels.tiles and has_tiles(parts.qkv.dtype) and fits
 
     def forward(
         self, hidden_1_N_D: Tensor, *, position_embeddings: Rotation, packing: Packing, **others: Any

@@ -1,15 +1,16 @@
-"""Compiles `cpu_kernels.cpp` once with the machine's C++ compiler, and calls it. See there for what it computes."""
+"""Compiles `kernels/` once with the machine's C++ compiler, and calls it. See there for what it computes."""
 
 import ctypes
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,33 +21,40 @@ from server.logs import logger
 
 KERNELS = "DVPO_KERNELS"
 """The environment variable that names the folder of the compiled kernels; the user's cache without it."""
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_COMPILERS = ("c++", "g++", "clang++")
+_SOURCES = Path(__file__).parent / "kernels"
+COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = [
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    *("-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    *("-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-fopenmp"),
 ]
 _VECTORS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
 _TILES = ("avx512_bf16", "amx_tile", "amx_bf16")
 BLOCK = 32
 """Rows and columns of a product. A matrix in tiles has rows up to a multiple of it, used or not."""
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_ATTEND = [_POINTER, _LONG, _INT, _INT, _INT, _FLOAT, _POINTER, _INT, _POINTER, _POINTER, _LONG]
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ATTEND = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG]
 _ARGUMENTS = {
-    "dvpo_allow_tiles": [],
-    "dvpo_unit": [_POINTER, _LONG, _LONG, _FLOAT, _POINTER],
-    "dvpo_rotate": [_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER],
-    "dvpo_attend_float32": _ATTEND,
-    "dvpo_attend_tiles": _ATTEND,
-    "dvpo_project_tiles": [
-        _POINTER, _LONG, _INT, _FLOAT, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER,
-    ],
-    "dvpo_finish_tiles": [
-        _POINTER, _LONG, _INT, _POINTER, _LONG, _INT, _FLOAT, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER,
-        _POINTER,
-    ],
-}  # fmt: skip
+    "allow_tiles": [],
+    "unit": [_POINTER, _LONG, _LONG, _FLOAT, _POINTER],
+    "rotate": [_POINTER, _LONG, _LONG, _POINTER],
+    "attend_float32": _ATTEND,
+    "attend_tiles": _ATTEND,
+    "project_tiles": [_POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
+    "finish_tiles": [_POINTER, _LONG, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
+}
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("panels", _POINTER), ("bias", _POINTER), ("depth", _LONG), ("columns", _LONG))
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = (("cos", _POINTER), ("sin", _POINTER), ("width", _LONG), ("columns", _LONG))
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (("queries", _LONG), ("keys", _LONG), ("width", _LONG), ("scale", _FLOAT))
 
 
 class Panels:
@@ -57,10 +65,11 @@ class Panels:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         out, depth = weight.shape
-        tiles = weight.view(out // BLOCK, 2, 16, depth // BLOCK, 16, 2)
-        self.weight = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
-        self.bias = torch.zeros(out) if bias is None else bias.float().contiguous()
-        self.depth, self.columns = depth, out
+        tiles = _checked(weight, torch.bfloat16).view(out // BLOCK, 2, 16, depth // BLOCK, 16, 2)
+        self._weight = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+        self._bias = torch.zeros(out) if bias is None else bias.float().contiguous()
+        self.columns = out
+        self.struct = _Linear(self._weight.data_ptr(), self._bias.data_ptr(), depth, out)
 
 
 class Heads:
@@ -71,6 +80,7 @@ class Heads:
 
     def __init__(self, queries: int, keys: int, width: int, scaling: float) -> None:
         self.queries, self.keys, self.width, self.scaling = queries, keys, width, scaling
+        self.struct = _Heads(queries, keys, width, scaling)
 
     @property
     def turning(self) -> int:
@@ -85,66 +95,66 @@ class Heads:
 
 
 class Kernels:
-    """The compiled functions for tensors. All are float32 but those for tiles, which take bfloat16.
+    """The compiled functions for tensors: float32, but bfloat16 where it is said.
 
-    Each runs in the calling thread alone; the interpreter is free meanwhile.
+    They use as many threads as torch does in the calling one; the interpreter is free meanwhile. All raise MemoryError,
+    and ValueError for a tensor of another type or layout.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._of = library
-        for name, arguments in _ARGUMENTS.items():
-            getattr(library, name).argtypes = arguments
-            getattr(library, name).restype = _INT if name == "dvpo_allow_tiles" else None
-        self.tiles = all(_can(name) for name in _TILES) and bool(library.dvpo_allow_tiles())
+        self._of = {name: _function(library, name, arguments) for name, arguments in _ARGUMENTS.items()}
+        self.tiles = all(_can(name) for name in _TILES) and bool(self._of["allow_tiles"]())
 
     def unit(self, hidden_N_D: Tensor, eps: float) -> Tensor:
         """Rows divided by the roots of their mean squares (plus eps). D is a multiple of 16. [N, D]."""
-        out_N_D = torch.empty_like(hidden_N_D)
-        self._of.dvpo_unit(hidden_N_D.data_ptr(), *hidden_N_D.shape, eps, out_N_D.data_ptr())
+        out_N_D = torch.empty_like(_checked(hidden_N_D))
+        self._call("unit", hidden_N_D.data_ptr(), *hidden_N_D.shape, eps, out_N_D.data_ptr())
         return out_N_D
 
     def rotate(self, qkv_N_C: Tensor, heads: Heads, turning_2_N_W: Tensor) -> None:
         """Rotates queries and keys in place; see `turning`."""
-        self._of.dvpo_rotate(
-            qkv_N_C.data_ptr(), qkv_N_C.stride(0), len(qkv_N_C), heads.turning, heads.width, *_both(turning_2_N_W)
-        )
+        rotation = _rotation(heads, turning_2_N_W)
+        self._call("rotate", _checked(qkv_N_C).data_ptr(), qkv_N_C.stride(0), len(qkv_N_C), rotation)
 
     def attend(self, qkv_N_C: Tensor, heads: Heads, packing: Packing, layer: int) -> Tensor:
-        """Attention of all segments of a row, of the row's type. [N, heads.queries * heads.width].
+        """Attention of all segments of a row, float32 or (in tiles) bfloat16. [R, S], of the same type.
 
-        In bfloat16 as `finish` takes it, [R, S]: rows up to a multiple of 32, and columns that keep them apart in the
-        cache. What stands there beside the first N rows and what was asked for of their columns may be anything.
+        As `finish` takes it: rows up to a multiple of 32, and columns that keep them apart in the cache. The first N
+        and the first `heads.queries * heads.width` are what was asked for, the others may be anything.
         """
+        name = "attend_float32" if qkv_N_C.dtype == torch.float32 else "attend_tiles"
+        row = (_checked(qkv_N_C, qkv_N_C.dtype).data_ptr(), qkv_N_C.stride(0), ctypes.addressof(heads.struct))
         segments, pieces, held = _plan(qkv_N_C, heads, packing, layer)
-        rows, columns = len(qkv_N_C), heads.queries * heads.width
-        if qkv_N_C.dtype == torch.bfloat16:
-            rows, columns = -(-rows // BLOCK) * BLOCK, _apart(columns)
-        out_R_S = qkv_N_C.new_empty(rows, columns)
-        attend = self._of.dvpo_attend_float32 if qkv_N_C.dtype == torch.float32 else self._of.dvpo_attend_tiles
-        attend(
-            qkv_N_C.data_ptr(), qkv_N_C.stride(0), heads.queries, heads.keys, heads.width, heads.scaling,
-            segments.ctypes.data, len(segments), pieces.ctypes.data, out_R_S.data_ptr(), out_R_S.stride(0),
-        )  # fmt: skip
-        del held
+        columns = _apart(heads.queries * heads.width)
+        out_R_S = qkv_N_C.new_empty(-(-len(qkv_N_C) // BLOCK) * BLOCK, columns)
+        plan = (segments.ctypes.data, len(segments), pieces.ctypes.data)
+        self._call(name, *row, *plan, out_R_S.data_ptr(), columns)
+        del held  # until here its tensors had to be there
         return out_R_S
 
     def project(self, hidden_N_D: Tensor, eps: float, qkv: Panels, heads: Heads, turning_2_N_W: Tensor) -> Tensor:
         """Norm, then queries, keys and values, rotated. [N, columns], bfloat16."""
         out_N_C = torch.empty(len(hidden_N_D), qkv.columns, dtype=torch.bfloat16)
-        self._of.dvpo_project_tiles(
-            hidden_N_D.data_ptr(), *hidden_N_D.shape, eps, *_pointers(qkv), qkv.columns, heads.turning, heads.width,
-            *_both(turning_2_N_W), out_N_C.data_ptr(),
-        )  # fmt: skip
+        hidden = (_checked(hidden_N_D).data_ptr(), len(hidden_N_D))
+        layer = (ctypes.addressof(qkv.struct), _rotation(heads, turning_2_N_W))
+        self._call("project_tiles", *hidden, eps, *layer, out_N_C.data_ptr())
         return out_N_C
 
     def finish(
         self, attended_R_S: Tensor, hidden_N_D: Tensor, eps: float, output: Panels, gated: Panels, down: Panels
     ) -> None:
-        """Adds to the hidden states what follows attention. `attended_R_S` as `attend` gives it; see `gate_and_up`."""
-        self._of.dvpo_finish_tiles(
-            attended_R_S.data_ptr(), attended_R_S.stride(0), output.depth, hidden_N_D.data_ptr(), *hidden_N_D.shape,
-            eps, *_pointers(output), *_pointers(gated), down.depth, *_pointers(down),
-        )  # fmt: skip
+        """Adds to the hidden states what follows attention, which is given in bfloat16 as `attend` has it.
+
+        gated: a layer of `gate_and_up`.
+        """
+        attended = (_checked(attended_R_S, torch.bfloat16).data_ptr(), attended_R_S.stride(0))
+        hidden = (_checked(hidden_N_D).data_ptr(), len(hidden_N_D))
+        layers = (ctypes.addressof(of.struct) for of in (output, gated, down))
+        self._call("finish_tiles", *attended, *hidden, eps, *layers)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if not self._of[name](*arguments):
+            raise MemoryError(f"no memory for {name}")
 
 
 def gate_and_up(gate: Tensor, up: Tensor) -> Tensor:
@@ -160,39 +170,52 @@ def turning(cos_N_W: Tensor, sin_N_W: Tensor) -> Tensor:
 
 @cache
 def kernels() -> Kernels | None:
-    """The kernels, compiled now if they are not yet; None where this machine cannot have them, which the log says."""
+    """The kernels, compiled now if they are not yet; None on a CPU that they are not for.
+
+    None too, and a line in the log, where they cannot be compiled, kept or loaded.
+    """
     if sys.platform != "linux" or not all(_can(name) for name in _VECTORS):
         return None
     try:
-        return Kernels(ctypes.CDLL(str(compiled())))
-    except (OSError, subprocess.SubprocessError) as error:
+        path = compiled()
+        try:
+            return Kernels(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError):  # damaged, or made for another system's libraries
+            path.unlink()
+            return Kernels(ctypes.CDLL(str(compiled())))
+    except (OSError, subprocess.SubprocessError, RuntimeError, AttributeError) as error:
         logger().warning("no_kernels", reason=str(error), effect="torch's own, which are slower, take their place")
         return None
 
 
 def compiled() -> Path:
-    """The library. Raises OSError or SubprocessError where it is not there and cannot be compiled or kept."""
-    source = _SOURCE.read_bytes()
-    name = f"cpu-{sha256(source + ' '.join(_FLAGS).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get(KERNELS) or _cache())
-    path = folder / name
-    if path.is_file():
-        return path
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    """The library. Raises OSError, SubprocessError or RuntimeError where it cannot be compiled, kept or trusted."""
+    texts = b"".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))
+    folder = Path(os.environ.get(KERNELS) or _cache()).absolute()
+    path = folder / f"cpu-{sha256(texts + ' '.join(_FLAGS).encode()).hexdigest()[:16]}.so"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _compile(path)
+    for place in (folder, path):
+        found = place.stat()
+        if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+            raise PermissionError(f"{place} can be changed by others; name a folder of your own in {KERNELS}")
+    return path
+
+
+def _compile(path: Path) -> None:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++) to make them with")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / name
-        done = subprocess.run(
-            [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=120, check=False
-        )
+    with TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        command = [compiler, *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
         if done.returncode:
-            raise OSError(
-                f"{compiler} failed: {done.stderr.strip().splitlines()[0] if done.stderr.strip() else 'no word'}"
-            )
+            words = done.stderr.strip().splitlines() or ["it says no more"]
+            raise OSError(f"{compiler} failed: {words[0]}")
+        made.chmod(0o755)
         made.replace(path)
-    return path
 
 
 def _cache() -> Path:
@@ -208,12 +231,24 @@ def _apart(width: int) -> int:
     return width if width // 32 % 2 else width + 32
 
 
-def _pointers(panels: Panels) -> tuple[int, int]:
-    return panels.weight.data_ptr(), panels.bias.data_ptr()
+def _checked(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(f"a kernel was given {tensor.dtype} for {dtype}, or rows with gaps")
+    return tensor
 
 
-def _both(turning_2_N_W: Tensor) -> tuple[int, int]:
-    return turning_2_N_W[0].data_ptr(), turning_2_N_W[1].data_ptr()
+def _function(library: ctypes.CDLL, name: str, arguments: list[Any]) -> Callable[..., int]:
+    function = getattr(library, f"dvpo_{name}")
+    function.argtypes, function.restype = arguments, ctypes.c_int
+    return cast(Callable[..., int], function)
+
+
+def _rotation(heads: Heads, turning_2_N_W: Tensor) -> Any:
+    """The struct for the time of a call."""
+    cos_N_W, sin_N_W = _checked(turning_2_N_W)
+    if cos_N_W.shape[1] != heads.width:
+        raise ValueError(f"heads of {heads.width} are rotated by {cos_N_W.shape[1]} angles")
+    return ctypes.byref(_Rotation(cos_N_W.data_ptr(), sin_N_W.data_ptr(), heads.width, heads.turning))
 
 
 def _plan(

@@ -14,8 +14,9 @@ def is_decoder_layer(layer: nn.Module) -> bool:
     projections = dict(parts["self_attn"].named_children())
     is_plain = all(type(projections.get(f"{name}_proj")) is nn.Linear for name in "qkvo") and len(projections) == 4
     norms = [parts["input_layernorm"], parts["post_attention_layernorm"]]
+    rotates = getattr(parts["self_attn"], "use_rope", True)
     has_eps = all(hasattr(norm, "variance_epsilon") or hasattr(norm, "eps") for norm in norms)
-    return is_plain and has_eps and is_gated_mlp(parts["mlp"])
+    return bool(is_plain and rotates and has_eps) and is_gated_mlp(parts["mlp"])
 
 
 def is_gated_mlp(module: nn.Module) -> bool:

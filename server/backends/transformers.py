@@ -115,7 +115,7 @@ class TransformersBackend:
                 record_decoder(body, CudaRecorder())
         else:
             if self._packs:
-                pack_decoder(body, self._shares, None if exact else kernels())
+                pack_decoder(body, self._shares, (lambda: None) if exact else kernels)
             pack_layers(body)
         self._one_by_one = exact or _scales_with_length(self._model.config)
         self.cache = PrefixCache(0 if self._one_by_one or not self._packs else cache_bytes)
@@ -136,13 +136,12 @@ class TransformersBackend:
         """
         for index, item in enumerate(items):
             self._require_known(index, item)
-        cores = self._cores if alone else max(1, self._cores // self.workers)
         if self.workers > 1:
-            torch.set_num_threads(cores)  # of this thread only
+            torch.set_num_threads(self._cores if alone else max(1, self._cores // self.workers))  # of this thread only
         with self._shares.busy(self.workers if alone else 1):
             if self._one_by_one:
                 return [scored for item in items for scored in self._score([item])]
-            return self._score(items, cores if self.workers > 1 else 1)
+            return self._score(items, self._cores if alone and self.workers > 1 else 1)
 
     def close(self) -> None:
         """Frees the model and what was kept."""
@@ -179,7 +178,8 @@ class TransformersBackend:
                 values[index] = values_S
                 computed_here = place == 0 and groups[at].prefix is None
                 cached[index] = 0 if computed_here else len(groups[at].prompt_ids)
-            if at in kept:
+            # What is no number in a response can reach its prompt's keys: others must not be given them.
+            if at in kept and all(bool(values_S.isfinite().all()) for values_S in found[at]):
                 self.cache.put(key, kept[at])
         return values, cached
 

@@ -1,0 +1,159 @@
+// What a CPU's decoder computes: all of it in bfloat16 with the tiles of AMX, all but the products in float32 with AVX-512.
+//
+// A plain C interface for `cpu_kernels.py`, which compiles this file: no Python and no torch in here. Matrices are
+// row-major; columns and depths of layers are multiples of 32, widths of heads multiples of 16. Functions give 0 where
+// there was no memory. They use as many threads as torch was told in the calling one: both have one OpenMP.
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "attention.hpp"
+
+namespace {
+
+constexpr int64_t MOST_ROWS = 256;  // that go through a layer at once: a small model's stay in the second cache
+
+struct Linear {  // [columns / 32] panels of the weights, [columns] biases
+    const bf16* panels;
+    const float* bias;
+    int64_t depth, columns;
+};
+
+struct Rotation {  // [rows][width] each, see `turned`; of the first `columns` of a row, in heads of `width`
+    const float *cos, *sin;
+    int64_t width, columns;
+
+    __m512 turn(__m512 x, int64_t row, int64_t column) const {
+        const int64_t at = row * width + column % width;
+        return turned(x, cos + at, sin + at);
+    }
+};
+
+template <class Run>
+int finished(Run run) {
+    try {
+        run();
+        return 1;
+    } catch (const std::bad_alloc&) {
+        return 0;
+    }
+}
+
+template <class Done>
+void multiply_all(const bf16* a, int64_t stride, int64_t rows, const Linear& by, const Done& done) {
+    multiply_all(a, stride, rows, by.panels, by.depth, by.columns, done);
+}
+
+void unit_rows(const float* hidden, int64_t rows, int64_t width, float eps, bf16* out) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) unit_row(hidden + row * width, width, eps, out + row * apart(width));
+}
+
+// A norm, then queries, keys and values with their rotation: out [rows][columns] of hidden [rows][depth].
+void project(const float* hidden, int64_t rows, float eps, const Linear& qkv, const Rotation& rotation, bf16* out) {
+    const int64_t stride = apart(qkv.depth);
+    const Buffer<bf16> unit(MOST_ROWS * stride);
+    for (int64_t from = 0; from < rows; from += MOST_ROWS) {
+        const int64_t count = std::min(MOST_ROWS, rows - from);
+        unit_rows(hidden + from * qkv.depth, count, qkv.depth, eps, unit.get());
+        multiply_all(unit.get(), stride, count, qkv, [&](int64_t row, int64_t column, const float* sums, int64_t here) {
+            for (int64_t i = 0, at = from + row; i < here; i++, at++)
+                for (int64_t j = 0; j < BLOCK; j += 16) {
+                    const int64_t place = column + j;
+                    const __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums + i * BLOCK + j), _mm512_loadu_ps(qkv.bias + place));
+                    store(out + at * qkv.columns + place, place < rotation.columns ? rotation.turn(x, at, place) : x);
+                }
+        });
+    }
+}
+
+// hidden += the layer's result
+void add(const bf16* a, int64_t stride, int64_t rows, const Linear& linear, float* hidden) {
+    multiply_all(a, stride, rows, linear, [&](int64_t row, int64_t column, const float* sums, int64_t here) {
+        for (int64_t i = 0; i < here; i++)
+            for (int64_t j = 0; j < BLOCK; j += 16) {
+                float* to = hidden + (row + i) * linear.columns + column + j;
+                const __m512 bias = _mm512_loadu_ps(linear.bias + column + j);
+                store(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_add_ps(_mm512_loadu_ps(sums + i * BLOCK + j), bias)));
+            }
+    });
+}
+
+__m512 swish(__m512 x) {  // for bfloat16
+    const __m512 power = _mm512_min_ps(_mm512_set1_ps(126.f), _mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)));
+    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(power_of_two(power, ROUGH), _mm512_set1_ps(1.f))));
+}
+
+// What follows attention: hidden += output; hidden += down(swish(gate) * up) of its norm. attended [rows up to a multiple
+// of 32][stride]; gate's and up's columns stand by turns in `gated`, 16 and 16.
+void finish(const bf16* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear& output,
+            const Linear& gated, const Linear& down) {
+    const int64_t width = gated.depth, apart_unit = apart(width), apart_product = apart(down.depth);
+    const Buffer<bf16> unit(MOST_ROWS * apart_unit), product(MOST_ROWS * apart_product);
+    for (int64_t from = 0; from < rows; from += MOST_ROWS) {
+        const int64_t count = std::min(MOST_ROWS, rows - from);
+        float* states = hidden + from * width;
+        add(attended + from * stride, stride, count, output, states);
+        unit_rows(states, count, width, eps, unit.get());
+        multiply_all(unit.get(), apart_unit, count, gated, [&](int64_t row, int64_t column, const float* sums, int64_t here) {
+            const __m512 gate_bias = _mm512_loadu_ps(gated.bias + column);
+            const __m512 up_bias = _mm512_loadu_ps(gated.bias + column + 16);
+            for (int64_t i = 0; i < here; i++) {
+                const __m512 gate = _mm512_add_ps(_mm512_loadu_ps(sums + i * BLOCK), gate_bias);
+                const __m512 by = _mm512_add_ps(_mm512_loadu_ps(sums + i * BLOCK + 16), up_bias);
+                store(product.get() + (row + i) * apart_product + column / 2, _mm512_mul_ps(swish(gate), by));
+            }
+        });
+        add(product.get(), apart_product, count, down, states);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this process may use tiles. The system has to be asked once.
+int dvpo_allow_tiles() {
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+// Rows of hidden [rows][width] divided by the roots of their mean squares.
+int dvpo_unit(const float* hidden, int64_t rows, int64_t width, float eps, float* out) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) unit_row(hidden + row * width, width, eps, out + row * width);
+    return 1;
+}
+
+// The first columns of every row of x, rotated in place.
+int dvpo_rotate(float* x, int64_t stride, int64_t rows, const Rotation* rotation) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = 0; column < rotation->columns; column += 16) {
+            float* at = x + row * stride + column;
+            store(at, rotation->turn(_mm512_loadu_ps(at), row, column));
+        }
+    return 1;
+}
+
+int dvpo_attend_float32(const float* query, int64_t stride, const Heads* heads, const Segment* segments, int64_t count,
+                        const Piece* pieces, float* out, int64_t stride_out) {
+    return finished([&] { attend<Vectors>(query, stride, *heads, segments, count, pieces, out, stride_out); });
+}
+
+int dvpo_attend_tiles(const bf16* query, int64_t stride, const Heads* heads, const Segment* segments, int64_t count,
+                      const Piece* pieces, bf16* out, int64_t stride_out) {
+    return finished([&] { attend<Tiles>(query, stride, *heads, segments, count, pieces, out, stride_out); });
+}
+
+int dvpo_project_tiles(const float* hidden, int64_t rows, float eps, const Linear* qkv, const Rotation* rotation,
+                       bf16* out) {
+    return finished([&] { project(hidden, rows, eps, *qkv, *rotation, out); });
+}
+
+int dvpo_finish_tiles(const bf16* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear* output,
+                      const Linear* gated, const Linear* down) {
+    return finished([&] { finish(attended, stride, hidden, rows, eps, *output, *gated, *down); });
+}
+
+}  // extern "C"
