@@ -60,7 +60,8 @@ def test_base_images_have_a_tag_and_a_place_for_the_digest() -> None:
     assert set(names) == {"PYTHON", "CUDA", "CUDA_BUILD"}
     for name in names:
         assert re.search(rf"^ARG {name}_DIGEST=(sha256:[0-9a-f]{{64}})?$", text, re.MULTILINE)
-    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", text, re.MULTILINE))
+    bases = [base for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE) if base not in stages]
     assert all(re.fullmatch(r"\$\{(\w+)_IMAGE\}\$\{\1_DIGEST:\+@\$\{\1_DIGEST\}\}", base) for base in bases)
 
 
