@@ -190,7 +190,7 @@ def kernels() -> Kernels | None:
 
 def compiled() -> Path:
     """The library. Raises OSError, SubprocessError or RuntimeError where it cannot be compiled, kept or trusted."""
-    texts = b"".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))
+    texts = b"".join(path.read_bytes() for path in sorted(_SOURCES.glob("*.[ch]pp")))
     folder = Path(os.environ.get(KERNELS) or _cache()).absolute()
     path = folder / f"cpu-{sha256(texts + ' '.join(_FLAGS).encode()).hexdigest()[:16]}.so"
     if not path.is_file():
