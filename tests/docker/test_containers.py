@@ -200,6 +200,15 @@ class TestImage:
         assert ".git" not in names
         assert {"dvpo", "server", "reproduce", "packages.json"} <= names
 
+    def test_the_servers_kernels_are_compiled_in_it(self, engine: docker.DockerClient, compose: Compose) -> None:
+        """For whoever runs it, and where no compiler is."""
+        code = "from server.backends.cpu_kernels import compiled, kernels; print(compiled(), kernels())"
+        command = ["env", "PATH=/opt/venv/bin", "/opt/venv/bin/python", "-c", code]
+        where = {"user": "4242:4242", "read_only": True, "tmpfs": {"/tmp": ""}}
+        said = engine.containers.run(IMAGE, command, remove=True, **where).decode()
+        assert said.startswith("/opt/kernels/cpu-")
+        assert ("Kernels object" in said) == ("avx512dq" in Path("/proc/cpuinfo").read_text())
+
     def test_its_code_comes_after_its_packages(self, engine: docker.DockerClient, compose: Compose) -> None:
         steps = [layer["CreatedBy"] for layer in engine.images.get(IMAGE).history()][::-1]
         places = {
