@@ -261,3 +261,21 @@ def test_an_idle_core_joins_in_unless_it_has_to_be_exact(checkpoints, monkeypatc
     for _ in range(2):  # the second time with the prompt kept
         require_equal(ours.score([item], alone=False), [alone(folder, "value", item)])
     assert (joined == []) if exact else (len(joined) == 2 and min(joined) >= 2)
+
+
+def test_a_prompt_is_not_kept_with_what_is_no_number(checkpoints, monkeypatch) -> None:
+    """It can stand in the prompt's keys, and others would be given them."""
+    ours = TransformersBackend(checkpoints["llama", "value"], cache_bytes=1 << 20)
+
+    def spoilt(*given):
+        found, kept = packed_values(*given)
+        found[0][0][-1] = float("nan")
+        return found, kept
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend_module, "packed_values", spoilt)
+        with pytest.raises(StageError, match="not finite"):
+            ours.score([Encoded([7, 8, 9], [10, 11])])
+    assert len(ours.cache) == 0
+    ours.score([Encoded([7, 8, 9], [10, 11])])
+    assert len(ours.cache) == 1

@@ -301,3 +301,13 @@ def test_a_model_of_no_layers_is_left_alone() -> None:
     body.layers = nn.ModuleList()
     pack_decoder(body, Cores(1), none)
     assert not len(body.layers)
+
+
+def test_layers_some_of_which_do_not_rotate_are_left_as_they_are(classifier: Any) -> None:
+    """As every fourth of SmolLM3's. On seven tokens the difference can be too small to show."""
+    model = classifier("llama", torch.bfloat16)
+    assert can_pack(model)
+    model.model.layers[1].self_attn.use_rope = 0
+    before = list(model.model.layers)
+    pack_decoder(model.model, Cores(1), kernels)
+    assert list(model.model.layers) == before

@@ -122,6 +122,17 @@ def test_scores_of_any_size_are_weighed(dtype: torch.dtype, allowed: float, size
     assert (found - expected).norm() <= 10 * allowed * expected.norm()
 
 
+@needs_kernels
+def test_sums_over_many_keys_lose_no_digits() -> None:
+    """In one long chain 32,000 keys cost a digit (3e-6)."""
+    heads = Heads(1, 1, 32, 0.2)
+    qkv_N_C = torch.randn(32_016, 96, generator=torch.Generator().manual_seed(3))
+    segment = Segment(32_000, 32_016, (slice(0, 32_000),))
+    found = made().attend(qkv_N_C, heads, Packing([segment]), 0)[32_000:32_016, :32].double()
+    expected = attended(qkv_N_C, heads, segment, None)
+    assert (found - expected).norm() <= 1.2e-6 * expected.norm()
+
+
 @pytest.mark.parametrize(("dtype", "allowed"), TYPES)
 def test_a_text_that_is_no_number_leaves_the_others_alone(dtype: torch.dtype, allowed: float) -> None:
     heads = Heads(2, 1, 16, 0.3)
