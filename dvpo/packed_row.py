@@ -136,7 +136,8 @@ class Packing:
 
     keep, kept: prompts whose keys and values are to be collected, by group, and what collects them. wanted: where the
     last hidden state is read, if not everywhere; a model may leave out the others after its last layer. handover:
-    given where later parts of the row are computed beside it. `masks`, `rotation` and `together` serve all layers.
+    given where later parts of the row are computed beside it. `masks`, `rotation` and `together` serve all layers, each
+    form of which keeps there what it needs.
     """
 
     segments: list[Segment] = field(default_factory=list)

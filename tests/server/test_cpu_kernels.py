@@ -111,7 +111,7 @@ def test_attention_is_that_of_a_plain_loop(
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), TYPES)
-@pytest.mark.parametrize("size", [0.0, 1e-20, 30.0, 300.0])
+@pytest.mark.parametrize("size", [0.0, 1e-20, 0.5, 30.0, 300.0])
 def test_scores_of_any_size_are_weighed(dtype: torch.dtype, allowed: float, size: float) -> None:
     """None overflows, and where one key outweighs all others by far nothing is left of them."""
     heads = Heads(2, 1, 32, 1.0)
@@ -136,12 +136,12 @@ def test_sums_over_many_keys_lose_no_digits() -> None:
 @pytest.mark.parametrize(("dtype", "allowed"), TYPES)
 def test_a_text_that_is_no_number_leaves_the_others_alone(dtype: torch.dtype, allowed: float) -> None:
     heads = Heads(2, 1, 16, 0.3)
-    qkv_N_C = torch.randn(70, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
-    packing = Packing([Segment(0, 33), Segment(33, 70)])
-    before = made().attend(qkv_N_C, heads, packing, 0)[33:70, :32].clone()
-    qkv_N_C[:33] = math.nan
+    qkv_N_C = torch.randn(103, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    packing = Packing([Segment(0, 70), Segment(70, 103)])  # what the longer leaves is not read
+    before = made().attend(qkv_N_C, heads, packing, 0)[70:103, :32].clone()
+    qkv_N_C[:70] = math.nan
     after = made().attend(qkv_N_C, heads, packing, 0)
-    assert torch.equal(after[33:70, :32], before) and bool(after[:33, :32].isnan().all())
+    assert torch.equal(after[70:103, :32], before) and bool(after[:70, :32].isnan().all())
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), TYPES)
@@ -185,11 +185,11 @@ def test_no_memory_is_an_error_of_python() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         try:
             kernels().attend(qkv, Heads(1, 1, 32, 1.0), Packing([Segment(0, 400_000)]), 0)
-        except (MemoryError, RuntimeError) as error:
+        except MemoryError as error:
             print("refused:", error)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert "refused:" in done.stdout, done.stderr
+    assert "refused: no memory for attend_float32" in done.stdout, done.stderr
 
 
 @needs_kernels

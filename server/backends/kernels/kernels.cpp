@@ -1,4 +1,5 @@
-// What a CPU's decoder computes: all of it in bfloat16 with the tiles of AMX, all but the products in float32 with AVX-512.
+// What a CPU's decoder computes: in bfloat16 with the tiles of AMX all of a layer, in float32 with AVX-512 its norms,
+// rotation and attention.
 //
 // A plain C interface for `cpu_kernels.py`, which compiles this file: no Python and no torch in here. Matrices are
 // row-major; columns and depths of layers are multiples of 32, widths of heads multiples of 16. Functions give 0 where
