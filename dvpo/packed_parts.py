@@ -25,9 +25,13 @@ _IDLE_SECONDS = 0.03
 
 
 class Cores:
-    """Those of a machine that have nothing to do. For several threads."""
+    """Those of a machine that have nothing to do, as shares that a batch runs on. For several threads.
 
-    def __init__(self, count: int) -> None:
+    threads: that each share has.
+    """
+
+    def __init__(self, count: int, threads: int = 1) -> None:
+        self.threads = threads
         self._idle = count
         self._since = time.monotonic()
         self._lock = threading.Lock()
@@ -49,6 +53,12 @@ class Cores:
             found = max(0, min(self._idle, most))
             self._idle -= found
             return found
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more is running than there are shares: those who have several should do with one."""
+        with self._lock:
+            return self._idle < 0
 
     def release(self, count: int) -> None:
         """They have done what they were claimed for."""

@@ -14,22 +14,23 @@ from torch.nn import functional
 from dvpo.packed_parts import LEAST_PART, Cores, bounds_of, cut_packing, run_together
 from dvpo.packed_row import Packing, Segment
 from server.backends.cpu_decoder_layers import (
+    KernelDecoderLayer,
     PackedDecoderLayer,
     Parts,
     Rotation,
-    TileDecoderLayer,
     VectorDecoderLayer,
 )
-from server.backends.cpu_kernels import Kernels
+from server.backends.cpu_kernels import BLOCK, Kernels
 from server.backends.known_layers import is_decoder_layer
 
-DecoderLayer = PackedDecoderLayer | TileDecoderLayer
+DecoderLayer = KernelDecoderLayer | PackedDecoderLayer
 
 
 class PackedDecoder(nn.Module):
     """A model's decoder layers, one after the other, over a packed row. hidden_1_N_D -> hidden_1_W_D.
 
-    Cores that have nothing else to do join in on the way: between two layers the row is cut into parts.
+    Cores that have nothing else to do join in on the way, between two layers: the row is cut into parts, unless the
+    layers share their work between threads.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer], cores: Cores) -> None:
@@ -38,11 +39,14 @@ class PackedDecoder(nn.Module):
         layers[-1].is_last = True
         self._rows = layers[0].rows
         self._cores = cores
+        self.shares_work = layers[0].shares_work
 
     def forward(
         self, hidden_1_N_D: Tensor, *, position_embeddings: Rotation, packing: Packing, **others: Any
     ) -> Tensor:
         """See the class. position_embeddings: cosines and sines, [1, N, width of a head]."""
+        if self.shares_work:
+            return self._shared(hidden_1_N_D, position_embeddings, packing)
         most = hidden_1_N_D.shape[1] // LEAST_PART - 1 if packing.handover is None else 0
         hidden_1_R_D = self._whole(hidden_1_N_D)
         for index in range(len(self.layers)):
@@ -54,6 +58,22 @@ class PackedDecoder(nn.Module):
                 finally:
                     self._cores.release(helpers)
             hidden_1_R_D = self._from(index, index + 1, hidden_1_R_D, position_embeddings, packing)
+        return hidden_1_R_D.to(hidden_1_N_D.dtype)
+
+    def _shared(self, hidden_1_N_D: Tensor, position_embeddings: Rotation, packing: Packing) -> Tensor:
+        """With as many threads for every layer as there are at that time."""
+        hidden_1_R_D = self._whole(hidden_1_N_D)
+        threads, helpers = torch.get_num_threads(), 0
+        try:
+            for index in range(len(self.layers)):
+                if not helpers:
+                    helpers = self._cores.claim(hidden_1_N_D.shape[1] // BLOCK)
+                several = threads + helpers * self._cores.threads
+                torch.set_num_threads(min(threads, self._cores.threads) if self._cores.crowded else several)
+                hidden_1_R_D = self._from(index, index + 1, hidden_1_R_D, position_embeddings, packing)
+        finally:
+            self._cores.release(helpers)
+            torch.set_num_threads(threads)
         return hidden_1_R_D.to(hidden_1_N_D.dtype)
 
     def _in_parts(
@@ -87,26 +107,28 @@ class PackedDecoder(nn.Module):
 
 
 @torch.no_grad()
-def pack_decoder(body: nn.Module, cores: Cores, find_kernels: Callable[[], Kernels | None]) -> None:
+def pack_decoder(body: nn.Module, cores: Cores, find_kernels: Callable[[], Kernels | None]) -> bool:
     """Changes the decoder layers of a model that reads packed rows in place, where they are of the form known here.
 
     All of them take the fastest form that there is of each, or none does: they share what is kept of prompts. Only one
-    layer at a time is held twice.
+    layer at a time is held twice. Returns whether a row need not be cut for several threads.
     """
     layers: Any = getattr(body, "layers", None)
     if not torch.backends.mkldnn.is_available() or not isinstance(layers, nn.ModuleList) or not len(layers):
-        return
+        return False
     if not all(is_decoder_layer(layer) for layer in layers):
-        return
+        return False
     kernels = find_kernels()
-    for form in (TileDecoderLayer, VectorDecoderLayer, PackedDecoderLayer):
+    for form in (KernelDecoderLayer, VectorDecoderLayer, PackedDecoderLayer):
         if all(_is_the_same(layer, form, kernels, body) for layer in layers):
             done: list[DecoderLayer] = []
             for index, layer in enumerate(layers):
                 layers[index] = packed = form(layer, Parts.of(layer), kernels)
                 done.append(packed)
-            body.layers = nn.ModuleList([PackedDecoder(done, cores)])
-            return
+            decoder = PackedDecoder(done, cores)
+            body.layers = nn.ModuleList([decoder])
+            return decoder.shares_work
+    return False
 
 
 def _is_the_same(layer: Any, form: type[DecoderLayer], kernels: Kernels | None, body: Any) -> bool:

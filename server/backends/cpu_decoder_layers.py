@@ -1,8 +1,8 @@
 """Three forms of a decoder layer of Llama, Mistral, Qwen2 and their like, over a packed row on a CPU.
 
-`PackedDecoderLayer` has nothing but torch. With kernels compiled for this machine, `VectorDecoderLayer` has its norms,
-rotation and attention from them, in float32, and `TileDecoderLayer` everything, in bfloat16. All have queries, keys and
-values from one product and the norms' weights as part of the weights behind them; the two halves of a head that are
+`PackedDecoderLayer` has nothing but torch. With kernels compiled for this machine, `KernelDecoderLayer` has everything
+from them; `VectorDecoderLayer` all but its products, for a CPU or sizes that those are not for. All have queries, keys
+and values from one product and the norms' weights as part of the weights behind them; the two halves of a head that are
 rotated against each other stand as pairs.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dvpo.packed_attention import attend_packed, hand_on
 from dvpo.packed_row import Packing
-from server.backends.cpu_kernels import BLOCK, Heads, Kernels, Panels, gate_and_up, turning
+from server.backends.cpu_kernels import BLOCK, PANELS, Heads, Kernels, Panels, gate_and_up, turning
 from server.backends.cpu_layers import PackedGatedMlp, PackedLinear, has_tiles, rows_for_tiles, scaled
 from server.backends.known_layers import eps_of
 
@@ -62,6 +62,8 @@ class PackedDecoderLayer(nn.Module):
     is_causal = True
     is_last = False
     """Then only the rows that are wanted get through it."""
+    shares_work = False
+    """Whether threads share every step of it as fast as each can: then a row need not be cut for them."""
 
     def __init__(self, layer: Any, parts: Parts, kernels: Kernels | None) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ class PackedDecoderLayer(nn.Module):
 
 
 class VectorDecoderLayer(PackedDecoderLayer):
-    """Norms, rotation and attention are our kernels, in float32; the rest is torch's."""
+    """Norms, rotation and attention are our kernels, in float32; the products are torch's."""
 
     @staticmethod
     def takes(layer: Any, parts: Parts, kernels: Kernels | None) -> bool:
@@ -154,13 +156,14 @@ class VectorDecoderLayer(PackedDecoderLayer):
         return self._kernels.unit(x[0], self._eps[norm])[None].to(self._dtype)
 
 
-class TileDecoderLayer(nn.Module):
-    """In bfloat16 on a CPU with tiles, all in our kernels: what stands between two products is done where they end.
+class KernelDecoderLayer(nn.Module):
+    """All in our kernels: what stands between two products is done where they end. In bfloat16 only for tiles.
 
     As `PackedDecoderLayer`, and R is N. Every token is computed in one way whatever else is in the row.
     """
 
     is_last = False
+    shares_work = True
 
     def __init__(self, layer: Any, parts: Parts, kernels: Kernels | None) -> None:
         super().__init__()
@@ -177,9 +180,17 @@ class TileDecoderLayer(nn.Module):
     @staticmethod
     def takes(layer: Any, parts: Parts, kernels: Kernels | None) -> bool:
         """Whether the kernels can read it."""
-        sizes = (*parts.qkv.shape, parts.heads.queries * parts.heads.width, layer.mlp.down_proj.in_features)
-        fits = all(size % BLOCK == 0 for size in sizes) and parts.heads.width % 16 == 0
-        return kernels is not None and kernels.tiles and has_tiles(parts.qkv.dtype) and fits
+        columns = (*parts.qkv.shape, 2 * layer.mlp.down_proj.in_features)
+        depths = (parts.heads.queries * parts.heads.width, layer.mlp.down_proj.in_features)
+        panel = PANELS.get(parts.qkv.dtype)
+        return (
+            kernels is not None
+            and panel is not None
+            and (kernels.tiles or parts.qkv.dtype == torch.float32)
+            and all(size % panel == 0 for size in columns)
+            and all(size % BLOCK == 0 for size in depths)
+            and parts.heads.width % 16 == 0
+        )
 
     def forward(
         self, hidden_1_N_D: Tensor, *, position_embeddings: Rotation, packing: Packing, **others: Any

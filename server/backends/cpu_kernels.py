@@ -30,7 +30,9 @@ _FLAGS = [
 _VECTORS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
 _TILES = ("avx512_bf16", "amx_tile", "amx_bf16")
 BLOCK = 32
-"""Rows and columns of a product. A matrix in tiles has rows up to a multiple of it, used or not."""
+"""Rows of a product, and what depths are multiples of. A matrix in tiles has rows up to a multiple, used or not."""
+PANELS = {torch.float32: 64, torch.bfloat16: 32}
+"""Columns of a product."""
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ATTEND = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG]
@@ -40,6 +42,8 @@ _ARGUMENTS = {
     "rotate": [_POINTER, _LONG, _LONG, _POINTER],
     "attend_float32": _ATTEND,
     "attend_tiles": _ATTEND,
+    "project_float32": [_POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
+    "finish_float32": [_POINTER, _LONG, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
     "project_tiles": [_POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
     "finish_tiles": [_POINTER, _LONG, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
 }
@@ -58,18 +62,22 @@ class _Heads(ctypes.Structure):
 
 
 class Panels:
-    """A linear layer laid out for tiles: 32 columns of the result behind one another, read from front to back.
+    """A linear layer laid out for its products: so many columns of the result behind one another, read front to back.
 
-    Weight [out, in], both multiples of 32, bfloat16; bias [out] or none.
+    Weight [out, in], float32 or bfloat16, multiples of `PANELS` and of 32; bias [out] or none.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        out, depth = weight.shape
-        tiles = _checked(weight, torch.bfloat16).view(out // BLOCK, 2, 16, depth // BLOCK, 16, 2)
-        self._weight = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
-        self._bias = torch.zeros(out) if bias is None else bias.float().contiguous()
-        self.columns = out
-        self.struct = _Linear(self._weight.data_ptr(), self._bias.data_ptr(), depth, out)
+        self.dtype = weight.dtype
+        self.columns, depth = weight.shape
+        panels = weight.unflatten(0, (-1, PANELS[weight.dtype]))
+        if weight.dtype == torch.bfloat16:  # two numbers of a column that follow one another stand together
+            tiles = panels.unflatten(1, (2, 16)).unflatten(3, (-1, 16, 2))
+            self._weight = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+        else:
+            self._weight = panels.transpose(1, 2).contiguous()
+        self._bias = torch.zeros(self.columns) if bias is None else bias.float().contiguous()
+        self.struct = _Linear(self._weight.data_ptr(), self._bias.data_ptr(), depth, self.columns)
 
 
 class Heads:
@@ -122,35 +130,34 @@ class Kernels:
         As `finish` takes it: rows up to a multiple of 32, and columns that keep them apart in the cache. The first N
         and the first `heads.queries * heads.width` are what was asked for, the others may be anything.
         """
-        name = "attend_float32" if qkv_N_C.dtype == torch.float32 else "attend_tiles"
         row = (_checked(qkv_N_C, qkv_N_C.dtype).data_ptr(), qkv_N_C.stride(0), ctypes.addressof(heads.struct))
         segments, pieces, held = _plan(qkv_N_C, heads, packing, layer)
-        columns = _apart(heads.queries * heads.width)
+        columns = _apart(heads.queries * heads.width, qkv_N_C.dtype)
         out_R_S = qkv_N_C.new_empty(-(-len(qkv_N_C) // BLOCK) * BLOCK, columns)
         plan = (segments.ctypes.data, len(segments), pieces.ctypes.data)
-        self._call(name, *row, *plan, out_R_S.data_ptr(), columns)
+        self._call(f"attend_{_kind(qkv_N_C.dtype)}", *row, *plan, out_R_S.data_ptr(), columns)
         del held  # until here its tensors had to be there
         return out_R_S
 
     def project(self, hidden_N_D: Tensor, eps: float, qkv: Panels, heads: Heads, turning_2_N_W: Tensor) -> Tensor:
-        """Norm, then queries, keys and values, rotated. [N, columns], bfloat16."""
-        out_N_C = torch.empty(len(hidden_N_D), qkv.columns, dtype=torch.bfloat16)
+        """Norm, then queries, keys and values, rotated. [N, columns], of the weights' type."""
+        out_N_C = torch.empty(len(hidden_N_D), qkv.columns, dtype=qkv.dtype)
         hidden = (_checked(hidden_N_D).data_ptr(), len(hidden_N_D))
         layer = (ctypes.addressof(qkv.struct), _rotation(heads, turning_2_N_W))
-        self._call("project_tiles", *hidden, eps, *layer, out_N_C.data_ptr())
+        self._call(f"project_{_kind(qkv.dtype)}", *hidden, eps, *layer, out_N_C.data_ptr())
         return out_N_C
 
     def finish(
         self, attended_R_S: Tensor, hidden_N_D: Tensor, eps: float, output: Panels, gated: Panels, down: Panels
     ) -> None:
-        """Adds to the hidden states what follows attention, which is given in bfloat16 as `attend` has it.
+        """Adds to the hidden states what follows attention, which is given as `attend` has it, of the weights' type.
 
         gated: a layer of `gate_and_up`.
         """
-        attended = (_checked(attended_R_S, torch.bfloat16).data_ptr(), attended_R_S.stride(0))
+        attended = (_checked(attended_R_S, output.dtype).data_ptr(), attended_R_S.stride(0))
         hidden = (_checked(hidden_N_D).data_ptr(), len(hidden_N_D))
         layers = (ctypes.addressof(of.struct) for of in (output, gated, down))
-        self._call("finish_tiles", *attended, *hidden, eps, *layers)
+        self._call(f"finish_{_kind(output.dtype)}", *attended, *hidden, eps, *layers)
 
     def _call(self, name: str, *arguments: object) -> None:
         if not self._of[name](*arguments):
@@ -222,13 +229,19 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dvpo" / "kernels"
 
 
+def _kind(dtype: torch.dtype) -> str:
+    """The end of a function's name."""
+    return "float32" if dtype == torch.float32 else "tiles"
+
+
 def _can(name: str) -> bool:
     return bool(torch.cpu.get_capabilities().get(name))
 
 
-def _apart(width: int) -> int:
-    """A row's length with which rows are an odd number of cache lines apart, in bfloat16."""
-    return width if width // 32 % 2 else width + 32
+def _apart(width: int, dtype: torch.dtype) -> int:
+    """A row's length with which rows are an odd number of cache lines apart."""
+    line = 64 // dtype.itemsize
+    return width if width // line % 2 else width + line
 
 
 def _checked(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -104,18 +104,21 @@ class TransformersBackend:
         self._model: Any = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._cores = torch.get_num_threads()
         self.workers = 1 if torch.cuda.is_available() or exact else min(self._cores, _MOST_WORKERS)
-        self._shares = Cores(0 if exact else self.workers)
+        self._threads = max(1, self._cores // self.workers)
+        self._shares = Cores(0 if exact else self.workers, self._threads)
         tokenizer: Any = load_tokenizer(folder)
         self._pad_id: int = tokenizer.pad_token_id
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
         self._packs = can_pack(self._model)
+        self._cuts = False
         body = unwrapped(self._model).base_model
         if torch.cuda.is_available():
             if self._packs:
                 record_decoder(body, CudaRecorder())
         else:
             if self._packs:
-                pack_decoder(body, self._shares, (lambda: None) if exact else kernels)
+                shared = pack_decoder(body, self._shares, (lambda: None) if exact else kernels)
+                self._cuts = self.workers > 1 and not shared
             pack_layers(body)
         self._one_by_one = exact or _scales_with_length(self._model.config)
         self.cache = PrefixCache(0 if self._one_by_one or not self._packs else cache_bytes)
@@ -137,11 +140,11 @@ class TransformersBackend:
         for index, item in enumerate(items):
             self._require_known(index, item)
         if self.workers > 1:
-            torch.set_num_threads(self._cores if alone else max(1, self._cores // self.workers))  # of this thread only
+            torch.set_num_threads(self._cores if alone else self._threads)  # of this thread only
         with self._shares.busy(self.workers if alone else 1):
             if self._one_by_one:
                 return [scored for item in items for scored in self._score([item])]
-            return self._score(items, self._cores if alone and self.workers > 1 else 1)
+            return self._score(items, self._cores if alone and self._cuts else 1)
 
     def close(self) -> None:
         """Frees the model and what was kept."""

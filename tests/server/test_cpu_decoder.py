@@ -15,7 +15,7 @@ from dvpo.packed_parts import Cores
 from dvpo.packed_values import Group, can_pack, packed_values
 from server.backends import cpu_decoder, cpu_decoder_layers, cpu_layers
 from server.backends.cpu_decoder import PackedDecoder, pack_decoder
-from server.backends.cpu_decoder_layers import PackedDecoderLayer, TileDecoderLayer, VectorDecoderLayer
+from server.backends.cpu_decoder_layers import KernelDecoderLayer, PackedDecoderLayer, VectorDecoderLayer
 from server.backends.cpu_kernels import kernels
 from server.backends.cpu_layers import PackedLinear, rows_for_tiles
 
@@ -27,6 +27,9 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     """Whether the CPU is taken to have tiles for bfloat16: what is done for them can be computed on any."""
     for module in (cpu_decoder_layers, cpu_layers):
         monkeypatch.setattr(module, "has_tiles", lambda dtype: request.param and dtype == torch.bfloat16)
+    found = kernels()
+    if found is not None:
+        monkeypatch.setattr(found, "tiles", request.param and found.tiles)
     return bool(request.param)
 
 
@@ -39,11 +42,13 @@ def form_of(tiles: bool, dtype: torch.dtype) -> type:
     found = kernels()
     if found is None:
         pytest.skip("no kernels: they need AVX-512 and a C++ compiler")
-    if not tiles or dtype == torch.float32:
+    if dtype == torch.float32:
+        return KernelDecoderLayer
+    if not tiles:
         return VectorDecoderLayer
     if not found.tiles:
         pytest.skip("no kernels for tiles: they need AMX too")
-    return TileDecoderLayer
+    return KernelDecoderLayer
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
@@ -74,6 +79,9 @@ def test_decoder_layers_compute_what_they_stand_for(
     ("odd", "dtype", "form"),
     [
         ({"intermediate_size": 72}, torch.float32, VectorDecoderLayer),
+        ({"head_dim": 48}, torch.float32, KernelDecoderLayer),
+        ({"num_key_value_heads": 1}, torch.float32, VectorDecoderLayer),
+        ({"num_key_value_heads": 1}, torch.bfloat16, KernelDecoderLayer),
         ({"intermediate_size": 72}, torch.bfloat16, PackedDecoderLayer),
         ({"num_attention_heads": 1, "num_key_value_heads": 1}, torch.bfloat16, PackedDecoderLayer),
         ({"head_dim": 24}, torch.float32, PackedDecoderLayer),
@@ -111,21 +119,35 @@ def test_layers_of_two_kinds_take_no_form(classifier: Any, tiles: bool) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=40, deadline=None)
 @given(given_groups=st.deferred(lambda: groups), parts=st.integers(1, 3), warm=st.booleans())
-def test_in_tiles_a_text_has_the_same_values_to_the_last_bit_in_any_company(
-    classifier: Any, given_groups: list[Group], parts: int, warm: bool, threads: int
+def test_in_kernels_a_text_has_the_same_values_to_the_last_bit_in_any_company(
+    classifier: Any, given_groups: list[Group], parts: int, warm: bool, threads: int, dtype: torch.dtype
 ) -> None:
-    form_of(True, torch.bfloat16)
-    model = classifier("llama", torch.bfloat16)
+    form_of(True, dtype)
+    model = classifier("llama", dtype)
     assert can_pack(model)
     pack_decoder(model.model, Cores(1), kernels)
+    if dtype == torch.float32:  # torch's product at the end depends on the number of rows
+        model.score = EachRow(model.score)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         compare_with_alone(model, given_groups, parts, warm)
     finally:
         torch.set_num_threads(before)
+
+
+class EachRow(nn.Module):
+    """A layer of one output that sums every row for itself."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.linear.weight[0]).sum(-1, keepdim=True) + self.linear.bias
 
 
 def compare_with_alone(model: Any, given_groups: list[Group], parts: int, warm: bool) -> None:
@@ -239,7 +261,10 @@ def test_cores_that_join_in_change_nothing(
         patch.setattr(cpu_decoder, "LEAST_PART", 4)
         found, kept_here = packed_values(model, given_groups)
     tokens = sum(group.tokens for group in given_groups)
-    assert cores.joined == ([min(count, tokens // 4 - 1)] if tokens >= 8 else [])
+    if model.model.layers[0].shares_work:
+        assert cores.joined == [min(count, tokens // 32)]
+    else:
+        assert cores.joined == ([min(count, tokens // 4 - 1)] if tokens >= 8 else [])
     for mine, theirs in zip(found, expected, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
@@ -249,6 +274,36 @@ def test_cores_that_join_in_change_nothing(
         assert torch.allclose(prefix.values_L_1_H_P_D, other.values_L_1_H_P_D, atol=1e-5)
         # Keys stand in pairs here, so only their products with each other are the same.
         assert torch.allclose(prefix.keys_L_1_H_P_D.square().sum(-1), other.keys_L_1_H_P_D.square().sum(-1), atol=1e-4)
+
+
+def test_a_batch_has_the_threads_that_others_leave(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone it has all. From the next layer on it has its share while another runs, and all again after that."""
+    form_of(False, torch.float32)
+    model = classifier("llama", torch.float32, num_hidden_layers=5)
+    assert can_pack(model)
+    cores = Cores(2, 2)
+    assert pack_decoder(model.model, cores, kernels)
+    seen: list[int] = []
+    whole = PackedDecoder._from
+
+    def look(self: PackedDecoder, first: int, *others: Any) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        if first == 1:
+            cores._change(-1)
+        elif first == 3:
+            cores.release(1)
+        return whole(self, first, *others)
+
+    monkeypatch.setattr(PackedDecoder, "_from", look)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with cores.busy(2):
+            packed_values(model, [Group([5] * 20, [[6] * 20])])
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [4, 4, 2, 2, 4]
 
 
 def test_a_core_joins_in_when_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +320,8 @@ def test_a_core_joins_in_when_it_has_been_idle_for_a_while(monkeypatch: pytest.M
         with cores.busy(1):  # a batch came after all: for a while there is more to do than there are cores
             now[0] += 0.1
             assert cores.claim(3) == 0
+            assert cores.crowded
+        assert not cores.crowded
         cores.release(2)
         assert cores.claim(3) == 0
         now[0] += 0.1

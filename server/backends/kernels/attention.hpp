@@ -30,15 +30,16 @@ class Attention {
     const int64_t width_, whole_;  // of a head, and in whole panels: zeros make up the difference
     const int64_t most_;           // keys of any segment, in whole panels
     const float scale_;            // of scores, as powers of two are taken of them
-    Buffer<T> keys_, values_;  // [keys / 32] panels of depth `whole`; [whole / 32] panels of depth `most`
+    Buffer<T> keys_, values_;  // panels of keys, of depth `whole`; of columns, of depth `most`
     Buffer<T> query_, shares_;
     Buffer<float> scores_, sums_;
+    Soon nothing_;
 
    public:
     Attention(const Heads& heads, int64_t most)
         : width_(heads.width),
-          whole_(up(heads.width, BLOCK)),
-          most_(up(most, BLOCK)),
+          whole_(up(heads.width, P::WIDTH)),
+          most_(up(most, P::WIDTH)),
           scale_(heads.scale * LOG2_E),
           keys_(most_ * whole_),
           values_(most_ * whole_),
@@ -56,10 +57,10 @@ class Attention {
         const T* key = static_cast<const T*>(piece.keys) + head * piece.key_head;
         const T* value = static_cast<const T*>(piece.values) + head * piece.value_head;
         for (int64_t i = 0; i < piece.length; i++, at++, key += piece.key_row, value += piece.value_row) {
-            T* panel = keys_.get() + at / BLOCK * BLOCK * whole_;
+            T* panel = keys_.get() + at / P::WIDTH * P::WIDTH * whole_;
             for (int64_t d = 0; d < width_; d += 16) {
-                P::put_column(panel, d, at % BLOCK, key + d);
-                P::put_row(values_.get() + d / BLOCK * BLOCK * most_, at, d % BLOCK, value + d);
+                P::put_column(panel, d, at % P::WIDTH, key + d);
+                P::put_row(value_at(d), at, d % P::WIDTH, value + d);
             }
         }
     }
@@ -67,8 +68,8 @@ class Attention {
     // What stands behind the last key, up to a whole panel, weighs nothing, but must be a number for that.
     void end(int64_t at) {
         const T zeros[16] = {};
-        for (; at % BLOCK; at++)
-            for (int64_t d = 0; d < width_; d += 16) P::put_row(values_.get() + d / BLOCK * BLOCK * most_, at, d % BLOCK, zeros);
+        for (; at % P::WIDTH; at++)
+            for (int64_t d = 0; d < width_; d += 16) P::put_row(value_at(d), at, d % P::WIDTH, zeros);
     }
 
     // One head of up to 32 queries, the first of which sees `seen` keys and each other one more.
@@ -81,16 +82,16 @@ class Attention {
         const int64_t all = seen + rows - 1;
         for (int64_t start = 0; start < all; start += MOST_KEYS) {
             const int64_t count = up(std::min<int64_t>(all - start, MOST_KEYS), BLOCK);
-            for (int64_t k = 0; k < count; k += BLOCK)
+            for (int64_t k = 0; k < count; k += P::WIDTH)
                 P::multiply(query_.get(), whole_, rows, keys_.get() + (start + k) * whole_, whole_, scores_.get() + k,
-                            MOST_KEYS, false);
+                            MOST_KEYS, false, nothing_);
             for (int row = 0; row < BLOCK; row++) {
                 const int64_t here = row < rows ? std::clamp<int64_t>(seen + row - start, 0, count) : 0;
                 weigh(row, here, count, start > 0, top[row], total[row]);
             }
-            for (int64_t d = 0; d < whole_; d += BLOCK)
-                P::multiply(shares_.get(), MOST_KEYS, rows, values_.get() + d * most_ + start * BLOCK, count,
-                            sums_.get() + d, whole_, start > 0);
+            for (int64_t d = 0; d < whole_; d += P::WIDTH)
+                P::multiply(shares_.get(), MOST_KEYS, rows, value_at(d) + start * P::WIDTH, count,
+                            sums_.get() + d, whole_, start > 0, nothing_);
         }
         for (int64_t row = 0; row < rows; row++) {
             const __m512 scaling = _mm512_set1_ps(1.f / total[row]);
@@ -100,6 +101,8 @@ class Attention {
     }
 
    private:
+    T* value_at(int64_t d) const { return values_.get() + d / P::WIDTH * P::WIDTH * most_; }
+
     // A row of scores becomes what each key weighs, beside the highest score so far; earlier sums are brought in line.
     void weigh(int64_t row, int64_t here, int64_t count, bool earlier, float& top, float& total) {
         const float* scores = scores_.get() + row * MOST_KEYS;
@@ -142,32 +145,35 @@ void attend(const typename P::T* query, int64_t stride, const Heads& heads, cons
     int64_t most = 0;
     for (int64_t i = 0; i < count; i++) most = std::max(most, keys_of(segments[i]));
     const int64_t sharing = heads.queries / heads.keys;
-    const int threads = static_cast<int>(std::min<int64_t>(omp_get_max_threads(), heads.keys));
+    const int64_t tasks = heads.queries * count;
+    const int threads = static_cast<int>(std::clamp<int64_t>(tasks, 1, omp_get_max_threads()));
     std::vector<Attention<P>> each;
     for (int i = 0; i < threads; i++) each.emplace_back(heads, most);
+    std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(threads)
     {
         const typename P::Use use;
         Attention<P>& attention = each[omp_get_thread_num()];
-#pragma omp for schedule(static)
-        for (int64_t head = 0; head < heads.keys; head++) {
-            const Segment* before = nullptr;
-            for (const Segment* segment = segments; segment != segments + count; before = segment++) {
-                int64_t at = 0, i = segment->first;
-                // What the segment before saw too, as a prompt is seen by all its responses, stands there already.
-                for (int64_t j = before ? before->first : 0; before && i < segment->last && j < before->last; i++, j++) {
-                    if (!(pieces[i] == pieces[j])) break;
-                    at += pieces[i].length;
-                }
-                for (; i < segment->last; at += pieces[i++].length) attention.put(pieces[i], head, at);
-                attention.end(at);
-                const int64_t tokens = segment->stop - segment->start;
-                for (int64_t of = head * sharing; of < (head + 1) * sharing; of++)
-                    for (int64_t token = 0; token < tokens; token += BLOCK) {
-                        const int64_t row = segment->start + token, rows = std::min<int64_t>(BLOCK, tokens - token);
-                        attention.read(query + row * stride + of * heads.width, stride, rows, at - tokens + token + 1,
-                                       out + row * stride_out + of * heads.width, stride_out);
-                    }
+        const Segment* before = nullptr;  // whose keys and values stand there
+        int64_t its = 0;                  // and of which head
+        for (int64_t task; (task = taken++) < tasks;) {
+            const int64_t head = task / (sharing * count), of = head * sharing + task % sharing;
+            const Segment* segment = segments + task / sharing % count;
+            if (head != its) before = nullptr;
+            int64_t at = 0, i = segment->first;
+            // What the one before saw too, as a prompt is seen by all its responses, stands there already.
+            for (int64_t j = before ? before->first : 0; before && i < segment->last && j < before->last; i++, j++) {
+                if (!(pieces[i] == pieces[j])) break;
+                at += pieces[i].length;
+            }
+            for (; i < segment->last; at += pieces[i++].length) attention.put(pieces[i], head, at);
+            attention.end(at);
+            before = segment, its = head;
+            const int64_t tokens = segment->stop - segment->start;
+            for (int64_t token = 0; token < tokens; token += BLOCK) {
+                const int64_t row = segment->start + token, rows = std::min<int64_t>(BLOCK, tokens - token);
+                attention.read(query + row * stride + of * heads.width, stride, rows, at - tokens + token + 1,
+                               out + row * stride_out + of * heads.width, stride_out);
             }
         }
     }

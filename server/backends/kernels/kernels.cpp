@@ -1,5 +1,4 @@
-// What a CPU's decoder computes: in bfloat16 with the tiles of AMX all of a layer, in float32 with AVX-512 its norms,
-// rotation and attention.
+// What a CPU's decoder computes, in float32 with AVX-512 and in bfloat16 with the tiles of AMX.
 //
 // A plain C interface for `cpu_kernels.py`, which compiles this file: no Python and no torch in here. Matrices are
 // row-major; columns and depths of layers are multiples of 32, widths of heads multiples of 16. Functions give 0 where
@@ -14,8 +13,8 @@ namespace {
 
 constexpr int64_t MOST_ROWS = 256;  // that go through a layer at once: a small model's stay in the second cache
 
-struct Linear {  // [columns / 32] panels of the weights, [columns] biases
-    const bf16* panels;
+struct Linear {  // panels of the weights, [columns] biases
+    const void* panels;
     const float* bias;
     int64_t depth, columns;
 };
@@ -30,6 +29,12 @@ struct Rotation {  // [rows][width] each, see `turned`; of the first `columns` o
     }
 };
 
+// Shares of whole blocks, as equal as can be.
+int64_t rows_at_once(int64_t rows) {
+    const int64_t shares = std::max<int64_t>(1, up(rows, MOST_ROWS) / MOST_ROWS);
+    return up(up(rows, shares) / shares, BLOCK);
+}
+
 template <class Run>
 int finished(Run run) {
     try {
@@ -40,72 +45,90 @@ int finished(Run run) {
     }
 }
 
-template <class Done>
-void multiply_all(const bf16* a, int64_t stride, int64_t rows, const Linear& by, const Done& done) {
-    multiply_all(a, stride, rows, by.panels, by.depth, by.columns, done);
+template <class P, class Done>
+void multiply_all(const typename P::T* a, int64_t stride, int64_t rows, const Linear& by, const Done& done) {
+    multiply_all<P>(a, stride, rows, static_cast<const typename P::T*>(by.panels), by.depth, by.columns, done);
 }
 
-void unit_rows(const float* hidden, int64_t rows, int64_t width, float eps, bf16* out) {
+template <class T>
+void unit_rows(const float* hidden, int64_t rows, int64_t width, float eps, T* out) {
 #pragma omp parallel for
-    for (int64_t row = 0; row < rows; row++) unit_row(hidden + row * width, width, eps, out + row * apart(width));
+    for (int64_t row = 0; row < rows; row++) unit_row(hidden + row * width, width, eps, out + row * apart<T>(width));
 }
 
 // A norm, then queries, keys and values with their rotation: out [rows][columns] of hidden [rows][depth].
-void project(const float* hidden, int64_t rows, float eps, const Linear& qkv, const Rotation& rotation, bf16* out) {
-    const int64_t stride = apart(qkv.depth);
-    const Buffer<bf16> unit(MOST_ROWS * stride);
-    for (int64_t from = 0; from < rows; from += MOST_ROWS) {
-        const int64_t count = std::min(MOST_ROWS, rows - from);
+template <class P>
+void project(const float* hidden, int64_t rows, float eps, const Linear& qkv, const Rotation& rotation,
+             typename P::T* out) {
+    using T = typename P::T;
+    const int64_t stride = apart<T>(qkv.depth);
+    const int64_t step = rows_at_once(rows);
+    const Buffer<T> unit(step * stride);
+    for (int64_t from = 0; from < rows; from += step) {
+        const int64_t count = std::min(step, rows - from);
         unit_rows(hidden + from * qkv.depth, count, qkv.depth, eps, unit.get());
-        multiply_all(unit.get(), stride, count, qkv, [&](int64_t row, int64_t column, const float* sums, int64_t here) {
+        const auto done = [&](int64_t row, int64_t column, const float* sums, int64_t here) {
             for (int64_t i = 0, at = from + row; i < here; i++, at++)
-                for (int64_t j = 0; j < BLOCK; j += 16) {
+                for (int64_t j = 0; j < P::WIDTH; j += 16) {
                     const int64_t place = column + j;
-                    const __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums + i * BLOCK + j), _mm512_loadu_ps(qkv.bias + place));
+                    const __m512 sum = _mm512_loadu_ps(sums + i * P::WIDTH + j);
+                    const __m512 x = _mm512_add_ps(sum, _mm512_loadu_ps(qkv.bias + place));
                     store(out + at * qkv.columns + place, place < rotation.columns ? rotation.turn(x, at, place) : x);
                 }
-        });
+        };
+        multiply_all<P>(unit.get(), stride, count, qkv, done);
     }
 }
 
 // hidden += the layer's result
-void add(const bf16* a, int64_t stride, int64_t rows, const Linear& linear, float* hidden) {
-    multiply_all(a, stride, rows, linear, [&](int64_t row, int64_t column, const float* sums, int64_t here) {
+template <class P>
+void add(const typename P::T* a, int64_t stride, int64_t rows, const Linear& linear, float* hidden) {
+    multiply_all<P>(a, stride, rows, linear, [&](int64_t row, int64_t column, const float* sums, int64_t here) {
         for (int64_t i = 0; i < here; i++)
-            for (int64_t j = 0; j < BLOCK; j += 16) {
+            for (int64_t j = 0; j < P::WIDTH; j += 16) {
                 float* to = hidden + (row + i) * linear.columns + column + j;
-                const __m512 bias = _mm512_loadu_ps(linear.bias + column + j);
-                store(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_add_ps(_mm512_loadu_ps(sums + i * BLOCK + j), bias)));
+                const __m512 sum = _mm512_loadu_ps(sums + i * P::WIDTH + j);
+                const __m512 more = _mm512_add_ps(sum, _mm512_loadu_ps(linear.bias + column + j));
+                store(to, _mm512_add_ps(_mm512_loadu_ps(to), more));
             }
     });
 }
 
-__m512 swish(__m512 x) {  // for bfloat16
+template <class P>
+__m512 swish(__m512 x) {
     const __m512 power = _mm512_min_ps(_mm512_set1_ps(126.f), _mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)));
-    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(power_of_two(power, ROUGH), _mm512_set1_ps(1.f))));
+    return _mm512_mul_ps(x, P::reciprocal(_mm512_add_ps(P::power(power), _mm512_set1_ps(1.f))));
 }
 
 // What follows attention: hidden += output; hidden += down(swish(gate) * up) of its norm. attended [rows up to a multiple
 // of 32][stride]; gate's and up's columns stand by turns in `gated`, 16 and 16.
-void finish(const bf16* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear& output,
+template <class P>
+void finish(const typename P::T* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear& output,
             const Linear& gated, const Linear& down) {
-    const int64_t width = gated.depth, apart_unit = apart(width), apart_product = apart(down.depth);
-    const Buffer<bf16> unit(MOST_ROWS * apart_unit), product(MOST_ROWS * apart_product);
-    for (int64_t from = 0; from < rows; from += MOST_ROWS) {
-        const int64_t count = std::min(MOST_ROWS, rows - from);
+    using T = typename P::T;
+    const int64_t width = gated.depth, apart_unit = apart<T>(width), apart_product = apart<T>(down.depth);
+    const int64_t step = rows_at_once(rows);
+    const Buffer<T> unit(step * apart_unit), product(step * apart_product);
+    for (int64_t from = 0; from < rows; from += step) {
+        const int64_t count = std::min(step, rows - from);
         float* states = hidden + from * width;
-        add(attended + from * stride, stride, count, output, states);
+        add<P>(attended + from * stride, stride, count, output, states);
         unit_rows(states, count, width, eps, unit.get());
-        multiply_all(unit.get(), apart_unit, count, gated, [&](int64_t row, int64_t column, const float* sums, int64_t here) {
-            const __m512 gate_bias = _mm512_loadu_ps(gated.bias + column);
-            const __m512 up_bias = _mm512_loadu_ps(gated.bias + column + 16);
-            for (int64_t i = 0; i < here; i++) {
-                const __m512 gate = _mm512_add_ps(_mm512_loadu_ps(sums + i * BLOCK), gate_bias);
-                const __m512 by = _mm512_add_ps(_mm512_loadu_ps(sums + i * BLOCK + 16), up_bias);
-                store(product.get() + (row + i) * apart_product + column / 2, _mm512_mul_ps(swish(gate), by));
+        const auto done = [&](int64_t row, int64_t column, const float* sums, int64_t here) {
+            for (int64_t j = 0; j < P::WIDTH; j += 32) {
+                const __m512 gate_bias = _mm512_loadu_ps(gated.bias + column + j);
+                const __m512 up_bias = _mm512_loadu_ps(gated.bias + column + j + 16);
+                for (int64_t i = 0; i < here; i++) {
+                    const float* sum = sums + i * P::WIDTH + j;
+                    const __m512 gate = _mm512_add_ps(_mm512_loadu_ps(sum), gate_bias);
+                    const __m512 by = _mm512_add_ps(_mm512_loadu_ps(sum + 16), up_bias);
+                    T* to = product.get() + (row + i) * apart_product + (column + j) / 2;
+                    store(to, _mm512_mul_ps(swish<P>(gate), by));
+                }
             }
-        });
-        add(product.get(), apart_product, count, down, states);
+        };
+        multiply_all<P>(unit.get(), apart_unit, count, gated, done);
+        add<P>(product.get(), apart_product, count, down, states);
     }
 }
 
@@ -147,14 +170,24 @@ int dvpo_attend_tiles(const bf16* query, int64_t stride, const Heads* heads, con
     return finished([&] { attend<Tiles>(query, stride, *heads, segments, count, pieces, out, stride_out); });
 }
 
+int dvpo_project_float32(const float* hidden, int64_t rows, float eps, const Linear* qkv, const Rotation* rotation,
+                         float* out) {
+    return finished([&] { project<Vectors>(hidden, rows, eps, *qkv, *rotation, out); });
+}
+
 int dvpo_project_tiles(const float* hidden, int64_t rows, float eps, const Linear* qkv, const Rotation* rotation,
                        bf16* out) {
-    return finished([&] { project(hidden, rows, eps, *qkv, *rotation, out); });
+    return finished([&] { project<Tiles>(hidden, rows, eps, *qkv, *rotation, out); });
+}
+
+int dvpo_finish_float32(const float* attended, int64_t stride, float* hidden, int64_t rows, float eps,
+                        const Linear* output, const Linear* gated, const Linear* down) {
+    return finished([&] { finish<Vectors>(attended, stride, hidden, rows, eps, *output, *gated, *down); });
 }
 
 int dvpo_finish_tiles(const bf16* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear* output,
                       const Linear* gated, const Linear* down) {
-    return finished([&] { finish(attended, stride, hidden, rows, eps, *output, *gated, *down); });
+    return finished([&] { finish<Tiles>(attended, stride, hidden, rows, eps, *output, *gated, *down); });
 }
 
 }  // extern "C"

@@ -1,63 +1,94 @@
-// The product that all others are made of: c[32][stride_c] = or += a[rows][stride_a] panel[depth][32].
+// The product that all others are made of: c[32][stride_c] = or += a[rows][stride_a] panel[depth][WIDTH].
 //
-// A panel is 32 columns of a matrix, laid out so that it is read from front to back. Every row is computed for itself and
-// in one order, so its result does not depend on the rows beside it.
+// A panel is some columns of a matrix, laid out so that it is read from front to back. Every row is computed for itself
+// and in one order, so its result does not depend on the rows beside it.
 #pragma once
 
 #include "numbers.hpp"
 
 namespace {
 
-constexpr int64_t WHOLE = 2048, PART = 1024, GROUP = 512;  // see `multiply_all`
+// See `multiply_all`.
+constexpr int64_t WHOLE = 2048, PART = 1024, GROUP = 512, TASKS = 16;
+
+// Memory that is needed next: while something else is computed, a bit of it is fetched into the second cache.
+struct Soon {
+    const char *at = nullptr, *end = nullptr;
+    int64_t lines = 0;  // of the cache, while 32 rows are multiplied by 32 of the depth
+
+    void fetch(int64_t count) {
+        for (int64_t i = 0; i < count && at < end; i++, at += LINE) _mm_prefetch(at, _MM_HINT_T1);
+    }
+};
 
 // In float32: sixteen columns are a vector.
 struct Vectors {
     using T = float;
+    static constexpr int64_t WIDTH = 64;
 
     struct Use {
         Use() {}
     };
 
     static __m512 power(__m512 x) { return power_of_two(x, EXACT); }
+    static __m512 reciprocal(__m512 x) { return _mm512_div_ps(_mm512_set1_ps(1.f), x); }
 
-    // A panel's row k, 16 columns from `column` on: one number each.
+    // A panel's row k, 16 columns from `column` on.
     static void put_row(T* panel, int64_t k, int64_t column, const T* numbers) {
-        store(panel + k * BLOCK + column, _mm512_loadu_ps(numbers));
+        store(panel + k * WIDTH + column, _mm512_loadu_ps(numbers));
     }
 
     // A panel's column, 16 numbers from row k on.
     static void put_column(T* panel, int64_t k, int64_t column, const T* numbers) {
-        const __m512i rows = _mm512_mullo_epi32(COUNT, _mm512_set1_epi32(BLOCK));
-        _mm512_i32scatter_ps(panel + k * BLOCK + column, rows, _mm512_loadu_ps(numbers), 4);
+        const __m512i rows = _mm512_mullo_epi32(COUNT, _mm512_set1_epi32(WIDTH));
+        _mm512_i32scatter_ps(panel + k * WIDTH + column, rows, _mm512_loadu_ps(numbers), 4);
     }
 
     static void multiply(const T* a, int64_t stride_a, int64_t rows, const T* panel, int64_t depth, float* c,
-                         int64_t stride_c, bool more) {
-        for (int64_t row = 0; row < rows; row += 8, a += 8 * stride_a, c += 8 * stride_c) {
-            __m512 sums[8][2] = {};
-            for (int64_t k = 0; k < depth; k++) {
-                const __m512 left = _mm512_loadu_ps(panel + k * BLOCK), right = _mm512_loadu_ps(panel + k * BLOCK + 16);
-                for (int i = 0; i < 8; i++) {
+                         int64_t stride_c, bool more, Soon& soon) {
+        constexpr decltype(&multiply_rows<1>) of[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
+                                                      multiply_rows<4>, multiply_rows<5>, multiply_rows<6>};
+        const int64_t times = up(rows, 6) / 6;  // sums of six rows fill the registers
+        for (int64_t i = 0; i < times; i++) {
+            const int64_t from = rows * i / times, count = rows * (i + 1) / times - from;
+            of[count - 1](a + from * stride_a, stride_a, panel, depth, c + from * stride_c, stride_c, more, soon);
+        }
+    }
+
+   private:
+    template <int ROWS>
+    static void multiply_rows(const T* a, int64_t stride_a, const T* panel, int64_t depth, float* c, int64_t stride_c,
+                              bool more, Soon& soon) {
+        constexpr int64_t STEP = 8, PARTS = 32 / STEP * (BLOCK / ROWS);
+        const int64_t lines = up(soon.lines, PARTS) / PARTS;
+        __m512 sums[ROWS][4] = {};
+        for (int64_t from = 0; from < depth; from += STEP) {
+            soon.fetch(lines);
+            for (int64_t k = from; k < from + STEP; k++) {
+                __m512 columns[4];
+                for (int j = 0; j < 4; j++) columns[j] = _mm512_loadu_ps(panel + k * WIDTH + 16 * j);
+                for (int i = 0; i < ROWS; i++) {
                     const __m512 x = _mm512_set1_ps(a[i * stride_a + k]);
-                    sums[i][0] = _mm512_fmadd_ps(x, left, sums[i][0]);
-                    sums[i][1] = _mm512_fmadd_ps(x, right, sums[i][1]);
+                    for (int j = 0; j < 4; j++) sums[i][j] = _mm512_fmadd_ps(x, columns[j], sums[i][j]);
                 }
             }
-            for (int i = 0; i < 8; i++)
-                for (int j = 0; j < 2; j++) {
-                    float* to = c + i * stride_c + 16 * j;
-                    // Added at the end: one long chain of sums would lose digits with every key.
-                    store(to, more ? _mm512_add_ps(_mm512_loadu_ps(to), sums[i][j]) : sums[i][j]);
-                }
         }
+        for (int i = 0; i < ROWS; i++)
+            for (int j = 0; j < 4; j++) {
+                float* to = c + i * stride_c + 16 * j;
+                // Added at the end: one long chain of sums would lose digits with every key.
+                store(to, more ? _mm512_add_ps(_mm512_loadu_ps(to), sums[i][j]) : sums[i][j]);
+            }
     }
 };
 
 // Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns; two numbers of a column that follow one another stand together.
 struct Tiles {
     using T = bf16;
+    static constexpr int64_t WIDTH = 32;
 
     static __m512 power(__m512 x) { return power_of_two(x, ROUGH); }
+    static __m512 reciprocal(__m512 x) { return _mm512_rcp14_ps(x); }
 
     // A panel's row k, 16 columns from `column` on. If k is even, the row after it becomes 0.
     static void put_row(T* panel, int64_t k, int64_t column, const T* numbers) {
@@ -97,9 +128,8 @@ struct Tiles {
         Use(const Use&) = delete;
     };
 
-    // `ahead`: memory that is soon needed, `lines` cache lines of it for every 32 of the depth.
     static void multiply(const T* a, int64_t stride_a, int64_t, const T* panel, int64_t depth, float* c, int64_t stride_c,
-                         bool more, const char* ahead = nullptr, int64_t lines = 0) {
+                         bool more, Soon& soon) {
         written();
         more ? load(c, stride_c) : zero();
         const T* lower = a + 16 * stride_a;
@@ -108,7 +138,7 @@ struct Tiles {
             _tile_loadd(6, panel + k * BLOCK, LINE);
             _tile_loadd(5, lower + k, 2 * stride_a);
             _tile_loadd(7, panel + k * BLOCK + 512, LINE);
-            for (int64_t i = 0; i < lines; i++, ahead += LINE) _mm_prefetch(ahead, _MM_HINT_T1);
+            soon.fetch(soon.lines);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
@@ -144,42 +174,60 @@ struct Tiles {
 };
 
 // Rows an odd number of cache lines apart do not meet in one place of the cache.
-int64_t apart(int64_t width) { return width / 32 % 2 ? width : width + 32; }
+template <class T>
+int64_t apart(int64_t width) {
+    constexpr int64_t line = LINE / sizeof(T);
+    return width / line % 2 ? width : width + line;
+}
 
-// Panels [columns / 32] times a [rows][stride]. `done(row, column, sums, rows)` takes 32 columns of up to 32 rows. `a` has
-// rows up to a multiple of 32; what stands in those that nobody asked for does not matter. A wide `a` is taken in parts of
-// its columns: each stays in the second cache for a group of panels.
-template <class Done>
-void multiply_all(const bf16* a, int64_t stride, int64_t rows, const bf16* panels, int64_t depth, int64_t columns,
-                  const Done& done) {
-    const int64_t blocks = up(rows, BLOCK) / BLOCK;
+// Panels [columns / WIDTH] times a [rows][stride]. `done(row, column, sums, rows)` takes WIDTH columns of up to 32 rows.
+// In tiles `a` has rows up to a multiple of 32; what stands in those that nobody asked for does not matter. A wide `a` is
+// taken in parts of its columns: each stays in the second cache for a group of panels.
+//
+// Threads take task by task, each as fast as it can, as cores that others use too are not equally fast. A task is a group
+// of panels, with some of the rows only where there would be too few tasks.
+template <class P, class Done>
+void multiply_all(const typename P::T* a, int64_t stride, int64_t rows, const typename P::T* panels, int64_t depth,
+                  int64_t columns, const Done& done) {
+    constexpr int64_t WIDTH = P::WIDTH;
+    const int64_t most = omp_get_max_threads(), wanted = most > 1 ? TASKS * most : 1;
     const bool whole = depth <= WHOLE;
-    const int64_t part = whole ? depth : PART, group = whole ? BLOCK : GROUP;
-    const int threads = static_cast<int>(std::min<int64_t>(omp_get_max_threads(), up(columns, group) / group));
-    const int64_t held = blocks * group * BLOCK;
-    const Buffer<float> all(threads * held);
-    // The next panel is fetched while this one is used: so many cache lines for every block and 32 of the depth.
-    const int64_t lines = up(BLOCK, blocks) / blocks;
+    const int64_t part = whole ? depth : PART;
+    const int64_t group = whole ? WIDTH : std::min(GROUP, up(up(columns, wanted) / wanted, WIDTH));
+    const int64_t groups = up(columns, group) / group, cuts = std::max<int64_t>(1, wanted / groups);
+    const int64_t piece = up(up(rows, cuts) / cuts, BLOCK), pieces = up(rows, piece) / piece, tasks = groups * pieces;
+    const int threads = static_cast<int>(std::min(most, tasks));
+    const Buffer<float> all(threads * piece * group);
+    std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(threads)
     {
-        const Tiles::Use use;
-        float* mine = all.get() + omp_get_thread_num() * held;
-#pragma omp for schedule(static)
-        for (int64_t from = 0; from < columns; from += group)
+        const typename P::Use use;
+        float* mine = all.get() + omp_get_thread_num() * piece * group;
+        for (int64_t task = taken++, next; task < tasks; task = next) {
+            next = taken++;
+            const int64_t from = task / pieces * group, to = std::min(from + group, columns);
+            const int64_t top = task % pieces * piece, bottom = std::min(top + piece, rows);
+            const int64_t blocks = up(bottom - top, BLOCK) / BLOCK;
             for (int64_t k = 0; k < depth; k += part) {
-                const int64_t here = std::min(part, depth - k);
-                for (int64_t column = from; column < std::min(from + group, columns); column += BLOCK) {
-                    const bf16* panel = panels + column * depth + k * BLOCK;
-                    const char* next = reinterpret_cast<const char*>(panel + BLOCK * depth);
+                const int64_t here = std::min(part, depth - k), bytes = here * WIDTH * sizeof(typename P::T);
+                for (int64_t column = from; column < to; column += WIDTH) {
+                    const int64_t then = column + WIDTH < to ? column + WIDTH : next / pieces * group;
+                    Soon soon;
+                    if (then < columns) {
+                        soon.at = reinterpret_cast<const char*>(panels + then * depth + k * WIDTH);
+                        soon.end = soon.at + bytes;
+                        soon.lines = up(bytes / LINE, blocks * here / 32) / (blocks * here / 32);
+                    }
                     float* sums = mine + (column - from) * blocks * BLOCK;
-                    for (int64_t row = 0; row < rows; row += BLOCK, sums += BLOCK * BLOCK) {
-                        const int64_t count = std::min(BLOCK, rows - row);
-                        Tiles::multiply(a + row * stride + k, stride, count, panel, here, sums, BLOCK, k > 0, next, lines);
-                        next += here / 32 * lines * LINE;
+                    for (int64_t row = top; row < bottom; row += BLOCK, sums += BLOCK * WIDTH) {
+                        const int64_t count = std::min(BLOCK, bottom - row);
+                        P::multiply(a + row * stride + k, stride, count, panels + column * depth + k * WIDTH, here, sums,
+                                    WIDTH, k > 0, soon);
                         if (k + here == depth) done(row, column, sums, count);
                     }
                 }
             }
+        }
     }
 }
 
