@@ -55,10 +55,10 @@ class Cores:
             return found
 
     @property
-    def crowded(self) -> bool:
-        """Whether more is running than there are shares: those who have several should do with one."""
+    def missing(self) -> int:
+        """How many shares fewer there are than are in use: a batch that has several should do with so many fewer."""
         with self._lock:
-            return self._idle < 0
+            return max(0, -self._idle)
 
     def release(self, count: int) -> None:
         """They have done what they were claimed for."""

@@ -68,8 +68,8 @@ class PackedDecoder(nn.Module):
             for index in range(len(self.layers)):
                 if not helpers:
                     helpers = self._cores.claim(hidden_1_N_D.shape[1] // BLOCK)
-                several = threads + helpers * self._cores.threads
-                torch.set_num_threads(min(threads, self._cores.threads) if self._cores.crowded else several)
+                found = threads + (helpers - self._cores.missing) * self._cores.threads
+                torch.set_num_threads(max(found, min(threads, self._cores.threads)))
                 hidden_1_R_D = self._from(index, index + 1, hidden_1_R_D, position_embeddings, packing)
         finally:
             self._cores.release(helpers)
