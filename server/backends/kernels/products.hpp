@@ -209,14 +209,17 @@ void multiply_all(const typename P::T* a, int64_t stride, int64_t rows, const ty
             const int64_t top = task % pieces * piece, bottom = std::min(top + piece, rows);
             const int64_t blocks = up(bottom - top, BLOCK) / BLOCK;
             for (int64_t k = 0; k < depth; k += part) {
-                const int64_t here = std::min(part, depth - k), bytes = here * WIDTH * sizeof(typename P::T);
+                const int64_t here = std::min(part, depth - k);
                 for (int64_t column = from; column < to; column += WIDTH) {
-                    const int64_t then = column + WIDTH < to ? column + WIDTH : next / pieces * group;
+                    // What follows is the group's next panel, else its first one's next part, else the next group.
+                    const bool panel = column + WIDTH < to, deeper = k + here < depth;
+                    const int64_t then = panel ? column + WIDTH : deeper ? from : next / pieces * group;
+                    const int64_t start = panel ? k : deeper ? k + here : 0;
                     Soon soon;
                     if (then < columns) {
-                        soon.at = reinterpret_cast<const char*>(panels + then * depth + k * WIDTH);
-                        soon.end = soon.at + bytes;
-                        soon.lines = up(bytes / LINE, blocks * here / 32) / (blocks * here / 32);
+                        soon.at = reinterpret_cast<const char*>(panels + then * depth + start * WIDTH);
+                        soon.end = soon.at + std::min(part, depth - start) * WIDTH * sizeof(typename P::T);
+                        soon.lines = up(soon.end - soon.at, LINE * blocks * here / 32) / (LINE * blocks * here / 32);
                     }
                     float* sums = mine + (column - from) * blocks * BLOCK;
                     for (int64_t row = top; row < bottom; row += BLOCK, sums += BLOCK * WIDTH) {
