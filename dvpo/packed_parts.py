@@ -1,8 +1,8 @@
 """A packed row cut into parts that several threads compute at the same time, layer by layer.
 
-Two cores on half a row each are done sooner than both on every operation of the whole row. A token looks at earlier
-ones only, so a part needs nothing but the keys and values of the parts before it, which are handed over layer by layer:
-all parts work on the same layer at about the same time, and the first never waits.
+With torch's operations two cores on half a row each are done sooner than both on the whole. A token looks at
+earlier ones only, so a part needs nothing but the keys and values of the parts before it, which are handed over layer
+by layer: all parts work on the same layer at about the same time, and the first never waits.
 """
 
 import threading

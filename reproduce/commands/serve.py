@@ -19,6 +19,10 @@ RELEASED = Path(dvpo.__file__).parents[1] / "artifacts" / "checkpoints" / "gvm-t
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "structlog")
 _BACKENDS = ("transformers", "vllm")
 _DTYPES = ("float32", "bfloat16")
+_SPINS = ("GOMP_SPINCOUNT", "3000")
+"""Threads that share a layer's work wait so long for each other before they give up their core (some 0.1 ms, not 15, as
+by default). If something else wants a core, the thread that it interrupts is not waited for by one that holds another:
+beside two busy processes a text of 300 tokens took 0.7 instead of 2.3 s."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def run(request: Request) -> None:
         InputError: wrong options, no usable checkpoint, the port is taken, or the host would be open to others.
         StageError: the scoring worker died or hangs.
     """
+    os.environ.setdefault(*_SPINS)  # it is read when torch is loaded
     from dvpo.objectives.td import AGGREGATES
 
     if lacking := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:

@@ -72,13 +72,14 @@ class TransformersBackend:
     """A checkpoint folder on this machine's GPU if it has one, else on its CPU.
 
     In float32 a text's values differ by at most 1e-5 (for values of the order of 1) whatever it is scored with,
-    whatever is kept, and into how many parts a batch is cut. In bfloat16 the most that was seen is 0.25, beside a
+    whatever is kept, and on how many cores. In bfloat16 the most that was seen is 0.25, beside a
     padded forward pass of a model of 135M weights. With `exact` every text is run alone and nothing is kept: equal to
     the last bit, and slower.
 
     `workers` says how many threads may call `score` at once. On a CPU that is one for each core: two batches on a core
-    each are done sooner than one after the other on both. A batch that is alone is cut into a part for each core, and a
-    core that becomes idle while another has a batch joins in with it.
+    each are done sooner than one after the other on both. A batch that is alone has all of them, and a core that becomes
+    idle while another has a batch joins in with it: a row is cut into parts, unless the decoder's layers share their
+    work between threads.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class TransformersBackend:
         for index, item in enumerate(items):
             self._require_known(index, item)
         if self.workers > 1:
+            torch.get_num_threads()  # at a thread's first use torch sets what another asked for last
             torch.set_num_threads(self._cores if alone else self._threads)  # of this thread only
         with self._shares.busy(self.workers if alone else 1):
             if self._one_by_one:

@@ -303,6 +303,42 @@ def test_a_batch_has_the_threads_that_others_leave(classifier: Any, monkeypatch:
     assert seen == [6, 6, 4, 2, 6]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_cores_that_join_in_bring_their_threads_and_are_released(
+    classifier: Any, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    form_of(False, torch.float32)
+    model = classifier("llama", torch.float32, num_hidden_layers=4)
+    assert can_pack(model)
+    cores = Joining(2, 3)
+    cores.threads = 2
+    assert pack_decoder(model.model, cores, kernels)
+    seen, released = [], []
+    monkeypatch.setattr(cores, "release", released.append)
+    whole = PackedDecoder._from
+
+    def look(self: PackedDecoder, first: int, *others: Any) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        if fails and first == 2:
+            raise MemoryError("no room for this layer")
+        return whole(self, first, *others)
+
+    monkeypatch.setattr(PackedDecoder, "_from", look)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        if fails:
+            with pytest.raises(MemoryError, match="this layer"):
+                packed_values(model, [Group([5] * 64, [[6] * 64])])
+        else:
+            packed_values(model, [Group([5] * 64, [[6] * 64])])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2, 8, 8, 8][: 3 if fails else 4]
+    assert cores.joined == [3] and released == [3]
+
+
 def test_a_core_joins_in_when_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(packed_parts.time, "monotonic", lambda: now[0])

@@ -243,13 +243,22 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize(("dtype", "allowed"), TYPES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "inner"), [(0, 64), (1, 160), (31, 32), (32, 64), (33, 160), (256, 2048), (300, 2080)]
+    ("tokens", "inner", "width"),
+    [
+        (0, 64, 128),
+        (1, 160, 128),
+        (31, 32, 128),
+        (32, 64, 128),
+        (33, 160, 128),
+        (256, 2048, 128),
+        (300, 2080, 640),  # the last product's columns are a group and a part of one
+    ],
 )
 def test_a_layers_products(
-    dtype: torch.dtype, allowed: float, threads: int, tokens: int, inner: int, biased: bool
+    dtype: torch.dtype, allowed: float, threads: int, tokens: int, inner: int, width: int, biased: bool
 ) -> None:
     """What is rounded to bfloat16 on the way is rounded here too; the sums are in float64."""
-    width, heads = 128, Heads(6, 1, 16, 1.0)
+    heads, allowed = Heads(6, 1, 16, 1.0), 0.4 * allowed if dtype == torch.float32 else 0.004
     random = torch.Generator().manual_seed(tokens)
     weights = [random_weight(out, depth, i).to(dtype) for i, (out, depth) in enumerate(
         [(128, width), (width, 96), (inner, width), (inner, width), (width, inner)]
@@ -279,6 +288,34 @@ def test_a_layers_products(
     here = hidden.clone()
     made().finish(rows, here, 1e-5, output, gated, down)
     assert (here - (after + more)).norm() <= allowed * (after + more - hidden).norm()
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), TYPES)
+@pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf, 3e38, -3e38])
+@pytest.mark.parametrize("where", ["attended", "hidden", "weight"])
+def test_a_layers_products_of_what_is_no_number(dtype: torch.dtype, allowed: float, where: str, what: float) -> None:
+    """Where torch's own are none ours are none, and other rows are left alone."""
+    random = torch.Generator().manual_seed(5)
+    weights = [random_weight(out, 128, i).to(dtype) for i, out in enumerate((128, 128, 128, 128))]
+    attended_R_S, hidden_N_D = torch.randn(64, 160, generator=random).to(dtype), torch.randn(40, 128, generator=random)
+    if where == "weight":
+        weights[1][3, 3] = what
+    else:
+        (attended_R_S if where == "attended" else hidden_N_D)[7, 3] = what
+
+    def finish(hidden_N_D: Tensor) -> Tensor:
+        panels = [Panels(of, None) for of in (weights[0], gate_and_up(weights[1], weights[2]), weights[3])]
+        made().finish(attended_R_S, hidden_N_D, 1e-5, panels[0], panels[1], panels[2])
+        return hidden_N_D
+
+    found = finish(hidden_N_D.clone())
+    after = hidden_N_D + functional.linear(attended_R_S[:40, :128].float(), weights[0].float())
+    between = unit(after, 1e-5)
+    gate, up = (functional.linear(between, of.float()) for of in weights[1:3])
+    expected = after + functional.linear(functional.silu(gate) * up, weights[3].float())
+    assert not found[~expected.isfinite().all(1)].isfinite().all(1).any()
+    if where != "weight":
+        assert found[torch.arange(40) != 7].isfinite().all()
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), TYPES)

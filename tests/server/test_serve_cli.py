@@ -182,7 +182,7 @@ def test_a_dead_worker_ends_the_server(checkpoints: Any) -> None:
     """Whoever runs it starts it again; a server that answers nothing any more would only look alive."""
     code = (
         "import sys; from server.backends import transformers; from reproduce import cli\n"
-        "def die(*_): raise SystemExit('killed')\n"
+        "def die(*_, **__): raise SystemExit('killed')\n"
         "transformers.TransformersBackend.score = die\n"
         "sys.exit(cli.run(['serve', '--port', '0', '--gvm', sys.argv[1]]))"
     )
@@ -283,3 +283,22 @@ def test_a_broken_weights_file_is_a_clear_end(
     weights.write_bytes(weights.read_bytes()[:1000])
     assert cli.run(["serve", "--port", "0", "--gvm", str(folder)]) == 2
     assert str(folder) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_threads_are_told_not_to_hold_their_cores_before_torch_is_loaded() -> None:
+    code = """if True:
+        import os, sys
+        from reproduce.commands import serve
+        assert "torch" not in sys.modules
+        serve.importlib.util.find_spec = lambda name: None
+        try:
+            serve.run(None)
+        except serve.InputError:
+            print(os.environ["GOMP_SPINCOUNT"])
+    """
+    for given, expected in ({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"):
+        plain = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=plain | given, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.strip() == expected, done.stderr

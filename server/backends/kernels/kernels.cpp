@@ -1,7 +1,7 @@
 // What a CPU's decoder computes, in float32 with AVX-512 and in bfloat16 with the tiles of AMX.
 //
 // A plain C interface for `cpu_kernels.py`, which compiles this file: no Python and no torch in here. Matrices are
-// row-major; columns and depths of layers are multiples of 32, widths of heads multiples of 16. Functions give 0 where
+// row-major; columns of layers are multiples of a panel's, depths of 32, widths of heads of 16. Functions give 0 where
 // there was no memory. They use as many threads as torch was told in the calling one: both have one OpenMP.
 
 #include <sys/syscall.h>
@@ -96,12 +96,12 @@ void add(const typename P::T* a, int64_t stride, int64_t rows, const Linear& lin
 
 template <class P>
 __m512 swish(__m512 x) {
-    const __m512 power = _mm512_min_ps(_mm512_set1_ps(126.f), _mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)));
-    return _mm512_mul_ps(x, P::reciprocal(_mm512_add_ps(P::power(power), _mm512_set1_ps(1.f))));
+    const __m512 power = P::power(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)));
+    return _mm512_mul_ps(x, P::reciprocal(_mm512_add_ps(power, _mm512_set1_ps(1.f))));
 }
 
-// What follows attention: hidden += output; hidden += down(swish(gate) * up) of its norm. attended [rows up to a multiple
-// of 32][stride]; gate's and up's columns stand by turns in `gated`, 16 and 16.
+// What follows attention: hidden += output; hidden += down(swish(gate) * up) of its norm. attended [rows; in tiles up to a
+// multiple of 32][stride]; gate's and up's columns stand by turns in `gated`, 16 and 16.
 template <class P>
 void finish(const typename P::T* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear& output,
             const Linear& gated, const Linear& down) {

@@ -17,7 +17,7 @@ namespace {
 
 using bf16 = uint16_t;
 
-constexpr int64_t BLOCK = 32;  // rows of a product, and columns of a panel
+constexpr int64_t BLOCK = 32;  // rows of a product
 constexpr int LINE = 64;       // bytes of a cache line
 
 template <class T>

@@ -1,4 +1,5 @@
-// The product that all others are made of: c[32][stride_c] = or += a[rows][stride_a] panel[depth][WIDTH].
+// The product that all others are made of: c[rows][stride_c] = or += a[rows][stride_a] panel[depth][WIDTH], for up to 32
+// rows. In tiles there are 32 in any case, of both a and c.
 //
 // A panel is some columns of a matrix, laid out so that it is read from front to back. Every row is computed for itself
 // and in one order, so its result does not depend on the rows beside it.
@@ -203,8 +204,12 @@ void multiply_all(const typename P::T* a, int64_t stride, int64_t rows, const ty
     {
         const typename P::Use use;
         float* mine = all.get() + omp_get_thread_num() * piece * group;
-        for (int64_t task = taken++, next; task < tasks; task = next) {
-            next = taken++;
+        bool reserved;
+        for (int64_t task = taken++, next; task < tasks; task = reserved ? next : taken++) {
+            // To be fetched ahead, the next task has to be known; near the end it is only guessed, so that none waits.
+            next = taken.load(std::memory_order_relaxed);
+            reserved = next + threads <= tasks;
+            if (reserved) next = taken++;
             const int64_t from = task / pieces * group, to = std::min(from + group, columns);
             const int64_t top = task % pieces * piece, bottom = std::min(top + piece, rows);
             const int64_t blocks = up(bottom - top, BLOCK) / BLOCK;
