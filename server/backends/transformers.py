@@ -77,7 +77,7 @@ class TransformersBackend:
     the last bit, and slower.
 
     `workers` says how many threads may call `score` at once. On a CPU that is one for each core: two batches on a core
-    each are done sooner than one after the other on both. A batch that is alone has all of them, and a core that becomes
+    each are done sooner than one after the other on both. A batch that is alone has all cores, and one that becomes
     idle while another has a batch joins in with it: a row is cut into parts, unless the decoder's layers share their
     work between threads.
     """
