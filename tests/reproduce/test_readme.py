@@ -174,12 +174,12 @@ def workload(file: str, clients: str, kind: str) -> dict[str, Any]:
         ("the same, 4 clients", "bench/server-vllm-float32-few-clients.json", " 4 clients", "distinct"),
         ("the same, 1 client", "bench/server-vllm-float32-few-clients.json", " 1 client", "distinct"),
         ("the same beside a bare", "bench/server-bare-float32.json", " 16 clients", "distinct"),
-        ("on an Intel CPU", "amx/server-vllm-bfloat16-1-client.json", " 1 client", "distinct"),
+        ("on an Intel CPU", "amx/server-vllm-bfloat16.json", " 1 client", "distinct"),
         ("there, distinct", "amx/server-vllm-bfloat16.json", " 16 clients", "distinct"),
-        ("there, groups, 1", "amx/server-vllm-bfloat16-1-client.json", " 1 client", "groups"),
+        ("there, groups, 1", "amx/server-vllm-bfloat16.json", " 1 client", "groups"),
         ("there, groups, 4", "amx/server-vllm-bfloat16.json", " 4 clients", "groups"),
         ("there in float32, distinct, 1 ", "amx/server-vllm-float32.json", " 1 client", "distinct"),
-        ("there in float32, distinct, 16", "amx/server-vllm-float32.json", " 16 clients", "distinct"),
+        ("there in float32, distinct, 16", "amx/server-vllm-float32-3adde77.json", " 16 clients", "distinct"),
     ],
 )
 def test_the_servers_speed_is_that_of_the_benchmarks(start: str, file: str, clients: str, kind: str) -> None:
