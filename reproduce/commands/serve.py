@@ -20,9 +20,11 @@ _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "structlog")
 _BACKENDS = ("transformers", "vllm")
 _DTYPES = ("float32", "bfloat16")
 _SPINS = ("GOMP_SPINCOUNT", "3000")
-"""Threads that share a layer's work wait so long for each other before they give up their core (some 0.1 ms, not 15, as
-by default). If something else wants a core, the thread that it interrupts is not waited for by one that holds another:
-beside two busy processes a text of 300 tokens took 0.7 instead of 2.3 s."""
+"""Threads that share a layer wait so many turns of a loop for each other before they give up their core, not 300,000.
+
+If something else wants a core, the thread that it interrupts is not waited for by one that holds another: beside two
+busy processes a text of 300 tokens took 0.7 instead of 2.3 s.
+"""
 
 
 @dataclass(frozen=True)
