@@ -67,8 +67,11 @@ def require_equal(found: list[Scored], expected: list[np.ndarray]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes a batch in one part")
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(items=ITEMS, cores=st.integers(2, 4))
-def test_a_batch_that_is_divided_among_cores_has_the_same_values(checkpoints, monkeypatch, items, cores: int) -> None:
+@given(items=ITEMS, cores=st.integers(2, 4), cuts=st.booleans())
+def test_a_batch_that_is_divided_among_cores_has_the_same_values(
+    checkpoints, monkeypatch, items, cores: int, cuts: bool
+) -> None:
+    """Cut into parts, as for layers of torch's, or not."""
     folder = checkpoints["llama", "value"]
     ours = backend(folder, 1 << 19)
     ours.cache.clear()
@@ -77,12 +80,13 @@ def test_a_batch_that_is_divided_among_cores_has_the_same_values(checkpoints, mo
         patch.setattr(backend_module, "LEAST_PART", 4)
         patch.setattr(ours, "_cores", cores)
         patch.setattr(ours, "workers", cores)
+        patch.setattr(ours, "_cuts", cuts)
         patch.setattr(backend_module, "packed_values", lambda m, g, p: (parts.append(p), packed_values(m, g, p))[1])
         expected = [alone(folder, "value", item) for item in items]
         require_equal(ours.score(items, alone=True), expected)
         require_equal(ours.score(items, alone=True), expected)
         require_equal(ours.score(items, alone=False), expected)
-    assert parts[0] == min(cores, max(1, computed(items) // 4))
+    assert parts[0] == (min(cores, max(1, computed(items) // 4)) if cuts else 1)
     assert parts[-1] == 1
 
 
