@@ -136,9 +136,9 @@ struct Tiles {
         const T* lower = a + 16 * stride_a;
         for (int64_t k = 0; k < depth; k += 32) {
             _tile_loadd(4, a + k, 2 * stride_a);
-            _tile_loadd(6, panel + k * BLOCK, LINE);
+            _tile_loadd(6, panel + k * WIDTH, LINE);
             _tile_loadd(5, lower + k, 2 * stride_a);
-            _tile_loadd(7, panel + k * BLOCK + 512, LINE);
+            _tile_loadd(7, panel + k * WIDTH + 512, LINE);
             soon.fetch(soon.lines);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
