@@ -159,35 +159,36 @@ class VectorDecoderLayer(PackedDecoderLayer):
 class KernelDecoderLayer(nn.Module):
     """All in our kernels: what stands between two products is done where they end. In bfloat16 only for tiles.
 
+    With tiles float32 is split into three of bfloat16: as exact, faster, and half as much memory more for the weights.
+
     As `PackedDecoderLayer`, and R is N. Every token is computed in one way whatever else is in the row.
     """
 
     is_last = False
     shares_work = True
 
-    def __init__(self, layer: Any, parts: Parts, kernels: Kernels | None) -> None:
+    def __init__(self, layer: Any, parts: Parts, kernels: Any) -> None:
         super().__init__()
-        self._kernels: Any = kernels
+        self._kernels = kernels
         self._index, self._heads, self._eps = parts.index, parts.heads, parts.eps
         output, mlp = layer.self_attn.o_proj, layer.mlp
         gate, up = (scaled(of.weight, layer.post_attention_layernorm.weight) for of in (mlp.gate_proj, mlp.up_proj))
         bias = None if mlp.gate_proj.bias is None else gate_and_up(mlp.gate_proj.bias, mlp.up_proj.bias)
-        self._qkv = Panels(parts.qkv, parts.qkv_bias)
-        self._output = Panels(output.weight, output.bias)
-        self._gated = Panels(gate_and_up(gate, up), bias)
-        self._down = Panels(mlp.down_proj.weight, mlp.down_proj.bias)
+        kind = kernels.kind(parts.qkv.dtype)
+        self._qkv = Panels(parts.qkv, parts.qkv_bias, kind)
+        self._output = Panels(output.weight, output.bias, kind)
+        self._gated = Panels(gate_and_up(gate, up), bias, kind)
+        self._down = Panels(mlp.down_proj.weight, mlp.down_proj.bias, kind)
 
     @staticmethod
     def takes(layer: Any, parts: Parts, kernels: Kernels | None) -> bool:
         """Whether the kernels can read it."""
         columns = (*parts.qkv.shape, 2 * layer.mlp.down_proj.in_features)
         depths = (parts.heads.queries * parts.heads.width, layer.mlp.down_proj.in_features)
-        panel = PANELS.get(parts.qkv.dtype)
+        kind = None if kernels is None else kernels.kind(parts.qkv.dtype)
         return (
-            kernels is not None
-            and panel is not None
-            and (kernels.tiles or parts.qkv.dtype == torch.float32)
-            and all(size % panel == 0 for size in columns)
+            kind is not None
+            and all(size % PANELS[kind] == 0 for size in columns)
             and all(size % BLOCK == 0 for size in depths)
             and parts.heads.width % 16 == 0
         )

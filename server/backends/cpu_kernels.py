@@ -10,7 +10,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -31,21 +31,23 @@ _VECTORS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
 _TILES = ("avx512_bf16", "amx_tile", "amx_bf16")
 BLOCK = 32
 """Rows of a product, and what depths are multiples of. A matrix in tiles has rows up to a multiple, used or not."""
-PANELS = {torch.float32: 64, torch.bfloat16: 32}
+Kind = Literal["float32", "split", "tiles"]
+"""How products are computed: in float32; in float32 by tiles, each number split into three; in bfloat16 by tiles."""
+PANELS: dict[Kind, int] = {"float32": 64, "split": 32, "tiles": 32}
 """Columns of a product."""
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ATTEND = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG]
+_PROJECT = [_POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER]
+_FINISH = [_POINTER, _LONG, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER]
 _ARGUMENTS = {
     "allow_tiles": [],
     "unit": [_POINTER, _LONG, _LONG, _FLOAT, _POINTER],
     "rotate": [_POINTER, _LONG, _LONG, _POINTER],
     "attend_float32": _ATTEND,
     "attend_tiles": _ATTEND,
-    "project_float32": [_POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
-    "finish_float32": [_POINTER, _LONG, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
-    "project_tiles": [_POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
-    "finish_tiles": [_POINTER, _LONG, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _POINTER],
+    **{f"project_{kind}": _PROJECT for kind in PANELS},
+    **{f"finish_{kind}": _FINISH for kind in PANELS},
 }
 
 
@@ -64,18 +66,19 @@ class _Heads(ctypes.Structure):
 class Panels:
     """A linear layer laid out for its products: so many columns of the result behind one another, read front to back.
 
-    Weight [out, in], float32 or bfloat16, multiples of `PANELS` and of 32; bias [out] or none.
+    Weight [out, in], multiples of `PANELS` and of 32, float32 or (for `tiles`) bfloat16; bias [out] or none.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.dtype = weight.dtype
+    def __init__(self, weight: Tensor, bias: Tensor | None, kind: Kind) -> None:
+        self.kind, self.dtype = kind, weight.dtype
         self.columns, depth = weight.shape
-        panels = weight.unflatten(0, (-1, PANELS[weight.dtype]))
-        if weight.dtype == torch.bfloat16:  # two numbers of a column that follow one another stand together
-            tiles = panels.unflatten(1, (2, 16)).unflatten(3, (-1, 16, 2))
-            self._weight = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+        if kind == "float32":
+            self._weight = weight.unflatten(0, (-1, PANELS[kind])).transpose(1, 2).contiguous()
         else:
-            self._weight = panels.transpose(1, 2).contiguous()
+            parts_C_P_D = split(weight) if kind == "split" else weight[:, None]
+            # Two numbers of a column that follow one another stand together.
+            tiles = parts_C_P_D.unflatten(0, (-1, 2, 16)).unflatten(4, (-1, 16, 2))
+            self._weight = tiles.permute(0, 4, 3, 1, 5, 2, 6).contiguous()
         self._bias = torch.zeros(self.columns) if bias is None else bias.float().contiguous()
         self.struct = _Linear(self._weight.data_ptr(), self._bias.data_ptr(), depth, self.columns)
 
@@ -113,6 +116,11 @@ class Kernels:
         self._of = {name: _function(library, name, arguments) for name, arguments in _ARGUMENTS.items()}
         self.tiles = all(_can(name) for name in _TILES) and bool(self._of["allow_tiles"]())
 
+    def kind(self, dtype: torch.dtype) -> Kind | None:
+        """The fastest way to products of weights of a type; None where there is none."""
+        kinds: dict[torch.dtype, Kind] = {torch.float32: "split", torch.bfloat16: "tiles"}
+        return kinds.get(dtype) if self.tiles else "float32" if dtype == torch.float32 else None
+
     def unit(self, hidden_N_D: Tensor, eps: float) -> Tensor:
         """Rows divided by the roots of their mean squares (plus eps). D is a multiple of 16. [N, D]."""
         out_N_D = torch.empty_like(_checked(hidden_N_D))
@@ -135,7 +143,8 @@ class Kernels:
         columns = _apart(heads.queries * heads.width, qkv_N_C.dtype)
         out_R_S = qkv_N_C.new_empty(-(-len(qkv_N_C) // BLOCK) * BLOCK, columns)
         plan = (segments.ctypes.data, len(segments), pieces.ctypes.data)
-        self._call(f"attend_{_kind(qkv_N_C.dtype)}", *row, *plan, out_R_S.data_ptr(), columns)
+        name = "attend_float32" if qkv_N_C.dtype == torch.float32 else "attend_tiles"
+        self._call(name, *row, *plan, out_R_S.data_ptr(), columns)
         del held  # until here its tensors had to be there
         return out_R_S
 
@@ -144,7 +153,7 @@ class Kernels:
         out_N_C = torch.empty(len(hidden_N_D), qkv.columns, dtype=qkv.dtype)
         hidden = (_checked(hidden_N_D).data_ptr(), len(hidden_N_D))
         layer = (ctypes.addressof(qkv.struct), _rotation(heads, turning_2_N_W))
-        self._call(f"project_{_kind(qkv.dtype)}", *hidden, eps, *layer, out_N_C.data_ptr())
+        self._call(f"project_{qkv.kind}", *hidden, eps, *layer, out_N_C.data_ptr())
         return out_N_C
 
     def finish(
@@ -157,11 +166,20 @@ class Kernels:
         attended = (_checked(attended_R_S, output.dtype).data_ptr(), attended_R_S.stride(0))
         hidden = (_checked(hidden_N_D).data_ptr(), len(hidden_N_D))
         layers = (ctypes.addressof(of.struct) for of in (output, gated, down))
-        self._call(f"finish_{_kind(output.dtype)}", *attended, *hidden, eps, *layers)
+        self._call(f"finish_{output.kind}", *attended, *hidden, eps, *layers)
 
     def _call(self, name: str, *arguments: object) -> None:
         if not self._of[name](*arguments):
             raise MemoryError(f"no memory for {name}")
+
+
+def split(weight_C_D: Tensor) -> Tensor:
+    """float32 as the sum of three of bfloat16, the greatest first: [C, 3, D]."""
+    parts, rest = [], weight_C_D
+    for _ in range(3):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].float()
+    return torch.stack(parts, 1)
 
 
 def gate_and_up(gate: Tensor, up: Tensor) -> Tensor:
@@ -227,11 +245,6 @@ def _compile(path: Path) -> None:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dvpo" / "kernels"
-
-
-def _kind(dtype: torch.dtype) -> str:
-    """The end of a function's name."""
-    return "float32" if dtype == torch.float32 else "tiles"
 
 
 def _can(name: str) -> bool:

@@ -16,7 +16,7 @@ from dvpo.packed_values import Group, can_pack, packed_values
 from server.backends import cpu_decoder, cpu_decoder_layers, cpu_layers
 from server.backends.cpu_decoder import PackedDecoder, pack_decoder
 from server.backends.cpu_decoder_layers import KernelDecoderLayer, PackedDecoderLayer, VectorDecoderLayer
-from server.backends.cpu_kernels import kernels
+from server.backends.cpu_kernels import Kind, kernels
 from server.backends.cpu_layers import PackedLinear, rows_for_tiles
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this machine has no oneDNN")
@@ -51,6 +51,18 @@ def form_of(tiles: bool, dtype: torch.dtype) -> type:
     return KernelDecoderLayer
 
 
+def only(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The CPU has this kind of products, and their type. Skips what it cannot have."""
+    found = kernels()
+    if found is None:
+        pytest.skip("no kernels: they need AVX-512 and a C++ compiler")
+    if kind == "float32":
+        monkeypatch.setattr(found, "tiles", False)
+    elif not found.tiles:
+        pytest.skip("no kernels for tiles: they need AMX too")
+    return torch.bfloat16 if kind == "tiles" else torch.float32
+
+
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("find", [none, kernels], ids=["torch", "kernels"])
@@ -76,22 +88,24 @@ def test_decoder_layers_compute_what_they_stand_for(
 
 
 @pytest.mark.parametrize(
-    ("odd", "dtype", "form"),
+    ("odd", "kind", "form"),
     [
-        ({"intermediate_size": 72}, torch.float32, VectorDecoderLayer),
-        ({"head_dim": 48}, torch.float32, KernelDecoderLayer),
-        ({"num_key_value_heads": 1}, torch.float32, VectorDecoderLayer),
-        ({"num_key_value_heads": 1}, torch.bfloat16, KernelDecoderLayer),
-        ({"intermediate_size": 72}, torch.bfloat16, PackedDecoderLayer),
-        ({"num_attention_heads": 1, "num_key_value_heads": 1}, torch.bfloat16, PackedDecoderLayer),
-        ({"head_dim": 24}, torch.float32, PackedDecoderLayer),
-        ({"head_dim": 24}, torch.bfloat16, PackedDecoderLayer),
+        ({"intermediate_size": 72}, "float32", VectorDecoderLayer),
+        ({"head_dim": 48}, "float32", KernelDecoderLayer),
+        ({"num_key_value_heads": 1}, "float32", VectorDecoderLayer),
+        ({"num_key_value_heads": 1}, "split", KernelDecoderLayer),
+        ({"intermediate_size": 72}, "split", VectorDecoderLayer),
+        ({"num_key_value_heads": 1}, "tiles", KernelDecoderLayer),
+        ({"intermediate_size": 72}, "tiles", PackedDecoderLayer),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, "tiles", PackedDecoderLayer),
+        ({"head_dim": 24}, "float32", PackedDecoderLayer),
+        ({"head_dim": 24}, "tiles", PackedDecoderLayer),
     ],
 )
 def test_a_layer_whose_sizes_kernels_do_not_fit_takes_the_next_form(
-    classifier: Any, odd: dict[str, int], form: type, dtype: torch.dtype
+    classifier: Any, monkeypatch: pytest.MonkeyPatch, odd: dict[str, int], kind: Kind, form: type
 ) -> None:
-    form_of(True, dtype)
+    dtype = only(kind, monkeypatch)
     model = classifier("llama", dtype, **odd)
     groups = [Group([5, 6, 7, 8], [[9, 10], [11] * 40])]
     assert can_pack(model)
@@ -119,16 +133,18 @@ def test_layers_of_two_kinds_take_no_form(classifier: Any, tiles: bool) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["float32", "split", "tiles"])
 @settings(max_examples=40, deadline=None)
 @given(given_groups=st.deferred(lambda: groups), parts=st.integers(1, 3), warm=st.booleans())
 def test_in_kernels_a_text_has_the_same_values_to_the_last_bit_in_any_company(
-    classifier: Any, given_groups: list[Group], parts: int, warm: bool, threads: int, dtype: torch.dtype
+    classifier: Any, given_groups: list[Group], parts: int, warm: bool, threads: int, kind: Kind
 ) -> None:
-    form_of(True, dtype)
-    model = classifier("llama", dtype)
-    assert can_pack(model)
-    pack_decoder(model.model, Cores(1), kernels)
+    with pytest.MonkeyPatch.context() as patch:
+        dtype = only(kind, patch)
+        model = classifier("llama", dtype)
+        assert can_pack(model)
+        pack_decoder(model.model, Cores(1), kernels)
+    assert {layer._qkv.kind for layer in model.model.layers[0].layers} == {kind}
     if dtype == torch.float32:  # torch's product at the end depends on the number of rows
         model.score = EachRow(model.score)
     before = torch.get_num_threads()

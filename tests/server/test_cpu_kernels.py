@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dvpo.packed_parts import Row, cut
 from dvpo.packed_row import Packing, Prefix, Segment
-from server.backends.cpu_kernels import Heads, Kernels, Panels, gate_and_up, kernels, turning
+from server.backends.cpu_kernels import Heads, Kernels, Kind, Panels, gate_and_up, kernels, split, turning
 
 FOUND = kernels()
 needs_kernels = pytest.mark.skipif(FOUND is None, reason="no kernels: they need AVX-512 and a C++ compiler")
@@ -25,6 +25,12 @@ TYPES = [
     pytest.param(torch.float32, 2e-6, marks=needs_kernels),
     pytest.param(torch.bfloat16, 0.006, marks=needs_tiles),
 ]
+KINDS = [
+    pytest.param("float32", torch.float32, 8e-7, marks=needs_kernels),
+    pytest.param("split", torch.float32, 8e-7, marks=needs_tiles),
+    pytest.param("tiles", torch.bfloat16, 0.004, marks=needs_tiles),
+]
+"""Of products, the type of the weights, and how far off they may be."""
 
 
 def made() -> Kernels:
@@ -233,7 +239,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), TYPES)
+@pytest.mark.parametrize(("kind", "dtype", "allowed"), KINDS)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "inner", "width"),
@@ -248,18 +254,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     ],
 )
 def test_a_layers_products(
-    dtype: torch.dtype, allowed: float, threads: int, tokens: int, inner: int, width: int, biased: bool
+    kind: Kind, dtype: torch.dtype, allowed: float, threads: int, tokens: int, inner: int, width: int, biased: bool
 ) -> None:
     """What is rounded to bfloat16 on the way is rounded here too; the sums are in float64."""
-    heads, allowed = Heads(6, 1, 16, 1.0), 0.4 * allowed if dtype == torch.float32 else 0.004
+    heads = Heads(6, 1, 16, 1.0)
     random = torch.Generator().manual_seed(tokens)
     weights = [random_weight(out, depth, i).to(dtype) for i, (out, depth) in enumerate(
         [(128, width), (width, 96), (inner, width), (inner, width), (width, inner)]
     )]  # fmt: skip
     biases = [torch.randn(len(w), generator=random).to(dtype) if biased else None for w in weights]
-    qkv, output, down = (Panels(weights[i], biases[i]) for i in (0, 1, 4))
+    qkv, output, down = (Panels(weights[i], biases[i], kind) for i in (0, 1, 4))
     gate_bias = gate_and_up(biases[2], biases[3]) if biases[2] is not None and biases[3] is not None else None
-    gated = Panels(gate_and_up(weights[2], weights[3]), gate_bias)
+    gated = Panels(gate_and_up(weights[2], weights[3]), gate_bias, kind)
     hidden = 3 * torch.randn(tokens, width, generator=random)
     cos, sin = angles(tokens, 16)
 
@@ -283,10 +289,36 @@ def test_a_layers_products(
     assert (here - (after + more)).norm() <= allowed * (after + more - hidden).norm()
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), TYPES)
+@given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1))
+def test_three_of_bfloat16_are_a_float32(numbers: list[float]) -> None:
+    """But for what is below the least of normal numbers, where bfloat16 ends."""
+    whole = torch.tensor([numbers])
+    parts = split(whole)
+    assert parts.dtype == torch.bfloat16 and parts.shape == (1, 3, len(numbers))
+    rest = (whole.double() - parts.double().sum(1)).abs()
+    assert bool((rest <= whole.abs().double() * 2**-26 + 2**-133).all())
+
+
+@pytest.mark.parametrize("depth", [32, 576, 4096])
+@needs_tiles
+def test_split_products_are_as_exact_as_those_of_float32(depth: int) -> None:
+    """Of numbers whose digits are all used, beside torch's own product."""
+    attended = torch.randn(64, depth, generator=torch.Generator().manual_seed(1))
+    weight = random_weight(64, depth, 2)
+    expected = attended.double() @ weight.double().T
+    hidden, nothing = torch.zeros(64, 64), torch.zeros(64, 64)
+    output, rest = Panels(weight, None, "split"), Panels(nothing, None, "split")
+    made().finish(attended, hidden, 1.0, output, Panels(torch.zeros(128, 64), None, "split"), rest)
+    off, off_in_torch = ((found - expected).norm() / expected.norm() for found in (hidden, attended @ weight.T))
+    assert off <= min(2 * off_in_torch, torch.tensor(8e-7))
+
+
+@pytest.mark.parametrize(("kind", "dtype", "allowed"), KINDS)
 @pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf, 3e38, -3e38])
 @pytest.mark.parametrize("where", ["attended", "hidden", "weight"])
-def test_a_layers_products_of_what_is_no_number(dtype: torch.dtype, allowed: float, where: str, what: float) -> None:
+def test_a_layers_products_of_what_is_no_number(
+    kind: Kind, dtype: torch.dtype, allowed: float, where: str, what: float
+) -> None:
     """Where torch's own are none ours are none, and other rows are left alone."""
     random = torch.Generator().manual_seed(5)
     weights = [random_weight(out, 128, i).to(dtype) for i, out in enumerate((128, 128, 128, 128))]
@@ -297,7 +329,7 @@ def test_a_layers_products_of_what_is_no_number(dtype: torch.dtype, allowed: flo
         (attended_R_S if where == "attended" else hidden_N_D)[7, 3] = what
 
     def finish(hidden_N_D: Tensor) -> Tensor:
-        panels = [Panels(of, None) for of in (weights[0], gate_and_up(weights[1], weights[2]), weights[3])]
+        panels = [Panels(of, None, kind) for of in (weights[0], gate_and_up(weights[1], weights[2]), weights[3])]
         made().finish(attended_R_S, hidden_N_D, 1e-5, panels[0], panels[1], panels[2])
         return hidden_N_D
 

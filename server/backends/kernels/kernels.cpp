@@ -1,4 +1,4 @@
-// What a CPU's decoder computes, in float32 with AVX-512 and in bfloat16 with the tiles of AMX.
+// What a CPU's decoder computes, in float32 with AVX-512 or with the tiles of AMX, and in bfloat16 with tiles.
 //
 // A plain C interface for `cpu_kernels.py`, which compiles this file: no Python and no torch in here. Matrices are
 // row-major; columns of layers are multiples of a panel's, depths of 32, widths of heads of 16. Functions give 0 where
@@ -50,23 +50,25 @@ void multiply_all(const typename P::T* a, int64_t stride, int64_t rows, const Li
     multiply_all<P>(a, stride, rows, static_cast<const typename P::T*>(by.panels), by.depth, by.columns, done);
 }
 
-template <class T>
-void unit_rows(const float* hidden, int64_t rows, int64_t width, float eps, T* out) {
+template <class P>
+void unit_rows(const float* hidden, int64_t rows, int64_t width, float eps, typename P::T* out, int64_t stride) {
 #pragma omp parallel for
-    for (int64_t row = 0; row < rows; row++) unit_row(hidden + row * width, width, eps, out + row * apart<T>(width));
+    for (int64_t row = 0; row < rows; row++) {
+        typename P::T* to = out + row * stride;
+        unit_row(hidden + row * width, width, eps, [&](int64_t i, __m512 x) { P::put(to, stride, i, x); });
+    }
 }
 
 // A norm, then queries, keys and values with their rotation: out [rows][columns] of hidden [rows][depth].
 template <class P>
 void project(const float* hidden, int64_t rows, float eps, const Linear& qkv, const Rotation& rotation,
-             typename P::T* out) {
-    using T = typename P::T;
-    const int64_t stride = apart<T>(qkv.depth);
+             typename P::Out* out) {
+    const int64_t stride = row_of<P>(qkv.depth);
     const int64_t step = rows_at_once(rows);
-    const Buffer<T> unit(step * stride);
+    const Buffer<typename P::T> unit(step * stride);
     for (int64_t from = 0; from < rows; from += step) {
         const int64_t count = std::min(step, rows - from);
-        unit_rows(hidden + from * qkv.depth, count, qkv.depth, eps, unit.get());
+        unit_rows<P>(hidden + from * qkv.depth, count, qkv.depth, eps, unit.get(), stride);
         const auto done = [&](int64_t row, int64_t column, const float* sums, int64_t here) {
             for (int64_t i = 0, at = from + row; i < here; i++, at++)
                 for (int64_t j = 0; j < P::WIDTH; j += 16) {
@@ -100,20 +102,37 @@ __m512 swish(__m512 x) {
     return _mm512_mul_ps(x, P::reciprocal(_mm512_add_ps(power, _mm512_set1_ps(1.f))));
 }
 
+// Rows that attention found, as products read them: in parts, where they are not yet.
+template <class P>
+const typename P::T* in_parts(const typename P::Out* x, int64_t& stride, int64_t rows, int64_t width, typename P::T* out) {
+    if constexpr (P::PARTS == 1) {
+        return x;
+    } else {
+        const int64_t apart = row_of<P>(width);
+#pragma omp parallel for
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < width; i += 16)
+                P::put(out + row * apart, apart, i, _mm512_loadu_ps(x + row * stride + i));
+        stride = apart;
+        return out;
+    }
+}
+
 // What follows attention: hidden += output; hidden += down(swish(gate) * up) of its norm. attended [rows; in tiles up to a
 // multiple of 32][stride]; gate's and up's columns stand by turns in `gated`, 16 and 16.
 template <class P>
-void finish(const typename P::T* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear& output,
+void finish(const typename P::Out* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear& output,
             const Linear& gated, const Linear& down) {
-    using T = typename P::T;
-    const int64_t width = gated.depth, apart_unit = apart<T>(width), apart_product = apart<T>(down.depth);
+    const int64_t width = gated.depth, unit_apart = row_of<P>(width), product_apart = row_of<P>(down.depth);
     const int64_t step = rows_at_once(rows);
-    const Buffer<T> unit(step * apart_unit), product(step * apart_product);
+    const Buffer<typename P::T> unit(step * std::max(unit_apart, row_of<P>(output.depth))), product(step * product_apart);
     for (int64_t from = 0; from < rows; from += step) {
         const int64_t count = std::min(step, rows - from);
         float* states = hidden + from * width;
-        add<P>(attended + from * stride, stride, count, output, states);
-        unit_rows(states, count, width, eps, unit.get());
+        int64_t apart = stride;
+        const auto* found = in_parts<P>(attended + from * stride, apart, count, output.depth, unit.get());
+        add<P>(found, apart, count, output, states);
+        unit_rows<P>(states, count, width, eps, unit.get(), unit_apart);
         const auto done = [&](int64_t row, int64_t column, const float* sums, int64_t here) {
             for (int64_t j = 0; j < P::WIDTH; j += 32) {
                 const __m512 gate_bias = _mm512_loadu_ps(gated.bias + column + j);
@@ -122,13 +141,13 @@ void finish(const typename P::T* attended, int64_t stride, float* hidden, int64_
                     const float* sum = sums + i * P::WIDTH + j;
                     const __m512 gate = _mm512_add_ps(_mm512_loadu_ps(sum), gate_bias);
                     const __m512 by = _mm512_add_ps(_mm512_loadu_ps(sum + 16), up_bias);
-                    T* to = product.get() + (row + i) * apart_product + (column + j) / 2;
-                    store(to, _mm512_mul_ps(swish<P>(gate), by));
+                    typename P::T* to = product.get() + (row + i) * product_apart;
+                    P::put(to, product_apart, (column + j) / 2, _mm512_mul_ps(swish<P>(gate), by));
                 }
             }
         };
-        multiply_all<P>(unit.get(), apart_unit, count, gated, done);
-        add<P>(product.get(), apart_product, count, down, states);
+        multiply_all<P>(unit.get(), unit_apart, count, gated, done);
+        add<P>(product.get(), product_apart, count, down, states);
     }
 }
 
@@ -144,8 +163,7 @@ int dvpo_allow_tiles() {
 
 // Rows of hidden [rows][width] divided by the roots of their mean squares.
 int dvpo_unit(const float* hidden, int64_t rows, int64_t width, float eps, float* out) {
-#pragma omp parallel for
-    for (int64_t row = 0; row < rows; row++) unit_row(hidden + row * width, width, eps, out + row * width);
+    unit_rows<Vectors>(hidden, rows, width, eps, out, width);
     return 1;
 }
 
@@ -175,6 +193,11 @@ int dvpo_project_float32(const float* hidden, int64_t rows, float eps, const Lin
     return finished([&] { project<Vectors>(hidden, rows, eps, *qkv, *rotation, out); });
 }
 
+int dvpo_project_split(const float* hidden, int64_t rows, float eps, const Linear* qkv, const Rotation* rotation,
+                       float* out) {
+    return finished([&] { project<SplitTiles>(hidden, rows, eps, *qkv, *rotation, out); });
+}
+
 int dvpo_project_tiles(const float* hidden, int64_t rows, float eps, const Linear* qkv, const Rotation* rotation,
                        bf16* out) {
     return finished([&] { project<Tiles>(hidden, rows, eps, *qkv, *rotation, out); });
@@ -183,6 +206,11 @@ int dvpo_project_tiles(const float* hidden, int64_t rows, float eps, const Linea
 int dvpo_finish_float32(const float* attended, int64_t stride, float* hidden, int64_t rows, float eps,
                         const Linear* output, const Linear* gated, const Linear* down) {
     return finished([&] { finish<Vectors>(attended, stride, hidden, rows, eps, *output, *gated, *down); });
+}
+
+int dvpo_finish_split(const float* attended, int64_t stride, float* hidden, int64_t rows, float eps,
+                      const Linear* output, const Linear* gated, const Linear* down) {
+    return finished([&] { finish<SplitTiles>(attended, stride, hidden, rows, eps, *output, *gated, *down); });
 }
 
 int dvpo_finish_tiles(const bf16* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear* output,

@@ -59,16 +59,16 @@ constexpr float EXACT[] = {2.17022549e-4f, 1.24396884e-3f, 9.67884064e-3f, 5.548
 constexpr float ROUGH[] = {1.35341669e-2f, 5.20114601e-2f, 2.41442755e-1f, 6.93003833e-1f, 1.00000262f};
 constexpr float LOG2_E = 1.44269504f;
 
-// A row divided by the root of its mean square. Its width is a multiple of 16.
-template <class T>
-void unit_row(const float* x, int64_t width, float eps, T* out) {
+// A row divided by the root of its mean square, 16 numbers at a time: `put(i, x)`. Its width is a multiple of 16.
+template <class Put>
+void unit_row(const float* x, int64_t width, float eps, const Put& put) {
     __m512 sums = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
         const __m512 v = _mm512_loadu_ps(x + i);
         sums = _mm512_fmadd_ps(v, v, sums);
     }
     const __m512 scale = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(sums) / width + eps));
-    for (int64_t i = 0; i < width; i += 16) store(out + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
+    for (int64_t i = 0; i < width; i += 16) put(i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
 }
 
 // Pairs of neighbours turned as complex numbers. cos and sin: for each of the 16, sin with the sign that its place asks.
