@@ -139,8 +139,10 @@ class AtlasRecipe(Settings):
     cost_rounds: int = Field(3, ge=1)
 
     @model_validator(mode="after")
-    def _valid_methods(self) -> "AtlasRecipe":
+    def _coherent(self) -> "AtlasRecipe":
         _require_valid_methods(self)
+        if self.compute.processes > 1:
+            raise ValueError("compute.processes: models of the built-in world are trained in one process; leave it at 1")
         if unknown := set(self.scripted) - set(self.methods):
             raise ValueError(f"scripted names unknown methods: {', '.join(sorted(unknown))}")
         needed = set(STUDIED.values()) if self.study else {"dvpo-gae"} if self.kl_sweep else set()

@@ -44,7 +44,10 @@ def of_model(shape: Shape, cluster: Cluster) -> list[Stage]:
 
 
 def of_recipe(recipe: AtlasRecipe | DataRecipe, shape: Shape | None) -> list[Stage]:
-    """The training stages of a recipe, one seed of each; `shape` in place of its own model."""
+    """The training stages of a recipe, one seed of each; `shape` in place of its own model.
+
+    Models that were trained elsewhere have none.
+    """
     if isinstance(recipe, AtlasRecipe):
         return _of_atlas(recipe, shape or _atlas_shape(recipe))
     return _of_data(recipe, shape or shape_of(recipe))
@@ -105,8 +108,9 @@ def _of_atlas(r: AtlasRecipe, shape: Shape) -> list[Stage]:
 
 
 def _of_data(r: DataRecipe, shape: Shape) -> list[Stage]:
-    stages = [offline("rm", shape, r.rm, items_of(r, "rm"))]
-    stages += [replace(offline("gvm", shape, r.gvm, items_of(r, "gvm")), name=name) for name in r.value_models]
+    stages = [offline("rm", shape, r.rm, items_of(r, "rm"))] if "rm" not in r.trained else []
+    values = [name for name in r.value_models if name not in r.trained]
+    stages += [replace(offline("gvm", shape, r.gvm, items_of(r, "gvm")), name=name) for name in values]
     if r.sft is not None:
         stages.insert(0, offline("sft", shape, r.sft, items_of(r, "sft")))
     if r.dpo is not None:

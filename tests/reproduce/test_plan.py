@@ -277,6 +277,13 @@ class TestStages:
         assert found["sft"].updates == math.ceil(int(63_967 * loaded.shares["sft"]) * 3 / 128)
         assert found["dvpo-gae"].updates == loaded.method("dvpo-gae").updates
 
+    def test_models_that_were_trained_elsewhere_are_not_planned(self) -> None:
+        every, fewer = (
+            [stage.name for stage in stages.of_recipe(recipe.load("small", overrides), None)]
+            for overrides in ((), ("trained={rm: elsewhere, gvm: elsewhere}", "seeds=1"))
+        )
+        assert [name for name in every if name not in ("rm", "gvm")] == fewer != every
+
     def test_the_shape_is_that_of_the_recipe(self) -> None:
         for name, known in (("llama3-8b-base", "llama-3-8b"), ("llama3.2-3b-base", "llama-3.2-3b")):
             found = stages.of_recipe(recipe.load(name), None)[0].shape
