@@ -142,7 +142,7 @@ class AtlasRecipe(Settings):
     def _coherent(self) -> "AtlasRecipe":
         _require_valid_methods(self)
         if self.compute.processes > 1:
-            raise ValueError("compute.processes: models of the built-in world are trained in one process; leave it at 1")
+            raise ValueError("compute.processes: the built-in world's models are trained in one process; leave it at 1")
         if unknown := set(self.scripted) - set(self.methods):
             raise ValueError(f"scripted names unknown methods: {', '.join(sorted(unknown))}")
         needed = set(STUDIED.values()) if self.study else {"dvpo-gae"} if self.kl_sweep else set()

@@ -178,8 +178,10 @@ def workload(file: str, clients: str, kind: str) -> dict[str, Any]:
         ("there, distinct", "amx/server-vllm-bfloat16.json", " 16 clients", "distinct"),
         ("there, groups, 1", "amx/server-vllm-bfloat16.json", " 1 client", "groups"),
         ("there, groups, 4", "amx/server-vllm-bfloat16.json", " 4 clients", "groups"),
-        ("there in float32, distinct, 1 ", "amx/server-vllm-float32.json", " 1 client", "distinct"),
-        ("there in float32, distinct, 16", "amx/server-vllm-float32-3adde77.json", " 16 clients", "distinct"),
+        ("there in float32, distinct, 1 ", "amx/server-vllm-float32-one-client.json", " 1 client", "distinct"),
+        ("there in float32, distinct, 16", "amx/server-vllm-float32.json", " 16 clients", "distinct"),
+        ("there in float32, groups", "amx/server-vllm-float32.json", " 4 clients", "groups"),
+        ("there in float32 beside a bare", "amx/server-bare-float32.json", " 16 clients", "distinct"),
     ],
 )
 def test_the_servers_speed_is_that_of_the_benchmarks(start: str, file: str, clients: str, kind: str) -> None:

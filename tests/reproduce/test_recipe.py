@@ -28,7 +28,7 @@ def test_built_in_recipes_load() -> None:
         (("methods.dvpo-q.algorithm.name=sarsa",), "sarsa"),
         (("gvm.save_steps=7",), "not a multiple"),
         (("scripted=[nothing]",), "unknown methods"),
-        (("compute.processes=2",), "compute.processes: models of the built-in world are trained in one process"),
+        (("compute.processes=2",), "compute.processes: the built-in world's models are trained in one process"),
         (("seeds=[",), "not valid YAML"),
     ],
 )
