@@ -18,7 +18,7 @@ def run(
     vllm_share: float,
     as_json: bool,
 ) -> None:
-    """Plans and prints. Raises InputError for an unknown recipe, model or cluster."""
+    """Plans and prints. Raises InputError for an unknown recipe, model or cluster, or a recipe that trains nothing."""
     from reproduce import recipe as recipes
     from reproduce.cost import hardware, shapes, stages
     from reproduce.cost.planner import Wish, plan
@@ -39,6 +39,8 @@ def run(
     else:
         assert shape is not None  # else there was no recipe and no model
         planned = stages.of_model(shape, cluster)
+    if not planned:
+        raise InputError(f"recipe {recipe_name} trains nothing, so there is nothing to plan; name another one")
     wish = Wish(zero, response_tokens, vllm_share)
     rows = [plan(stage, cluster, wish) for stage in planned]
     document = {

@@ -159,7 +159,7 @@ class VectorDecoderLayer(PackedDecoderLayer):
 class KernelDecoderLayer(nn.Module):
     """All in our kernels: what stands between two products is done where they end. In bfloat16 only for tiles.
 
-    With tiles float32 is split into three of bfloat16: as exact, faster, and half as much memory more for the weights.
+    With tiles float32 is split into three of bfloat16: as exact, mostly faster, and 6 bytes a weight.
 
     As `PackedDecoderLayer`, and R is N. Every token is computed in one way whatever else is in the row.
     """

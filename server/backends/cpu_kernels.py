@@ -117,7 +117,7 @@ class Kernels:
         self.tiles = all(_can(name) for name in _TILES) and bool(self._of["allow_tiles"]())
 
     def kind(self, dtype: torch.dtype) -> Kind | None:
-        """The fastest way to products of weights of a type; None where there is none."""
+        """How products with weights of a type are computed here; None where they are not."""
         kinds: dict[torch.dtype, Kind] = {torch.float32: "split", torch.bfloat16: "tiles"}
         return kinds.get(dtype) if self.tiles else "float32" if dtype == torch.float32 else None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dvpo.config import DpoSettings, PolicySettings
 from reproduce import cli, recipe
@@ -283,6 +284,14 @@ class TestStages:
             for overrides in ((), ("trained={rm: elsewhere, gvm: elsewhere}", "seeds=1"))
         )
         assert [name for name in every if name not in ("rm", "gvm")] == fewer != every
+
+    def test_a_recipe_that_trains_nothing_is_refused(self, ask: Any, tmp_path: Path) -> None:
+        text = (recipe.FOLDER / "small.yaml").read_text()
+        values = {**yaml.safe_load(text), "seeds": 1, "methods": {}, "kl_sweep": [], "sft": None, "dpo": None}
+        values |= {"optional_methods": [], "value_models": ["gvm"], "trained": {"rm": "elsewhere", "gvm": "elsewhere"}}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+        code, out, err = ask("--recipe", tmp_path / "r.yaml")
+        assert (code, out) == (2, "") and "trains nothing" in err and err.count("\n") == 1
 
     def test_the_shape_is_that_of_the_recipe(self) -> None:
         for name, known in (("llama3-8b-base", "llama-3-8b"), ("llama3.2-3b-base", "llama-3.2-3b")):

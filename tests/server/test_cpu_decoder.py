@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(params=[False, True], ids=["plain", "tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the CPU is taken to have tiles for bfloat16: what is done for them can be computed on any."""
+    """Whether the CPU is taken to have tiles: what is done for those of bfloat16 without kernels can be on any."""
     for module in (cpu_decoder_layers, cpu_layers):
         monkeypatch.setattr(module, "has_tiles", lambda dtype: request.param and dtype == torch.bfloat16)
     found = kernels()

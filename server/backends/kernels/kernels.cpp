@@ -118,8 +118,8 @@ const typename P::T* in_parts(const typename P::Out* x, int64_t& stride, int64_t
     }
 }
 
-// What follows attention: hidden += output; hidden += down(swish(gate) * up) of its norm. attended [rows; in tiles up to a
-// multiple of 32][stride]; gate's and up's columns stand by turns in `gated`, 16 and 16.
+// What follows attention: hidden += output; hidden += down(swish(gate) * up) of its norm. attended [rows; in bfloat16 up
+// to a multiple of 32][stride]; gate's and up's columns stand by turns in `gated`, 16 and 16.
 template <class P>
 void finish(const typename P::Out* attended, int64_t stride, float* hidden, int64_t rows, float eps, const Linear& output,
             const Linear& gated, const Linear& down) {

@@ -199,9 +199,10 @@ struct Tiles : TileRegisters {
     }
 };
 
-// In float32 by tiles: a number is the sum of three of bfloat16, each 2^-9 of the one before or less. Of nine products
-// the three least, together 2^-26 or less of the whole, are left out. A row has all first parts, then all second ones,
-// then all third ones; a panel these of every 32 rows.
+// In float32 by tiles: a number is the sum of three of bfloat16, each 2^-8 of the one before or less. Of nine products
+// the three least are left out, together some 2^-24 of the whole, as much as one rounding of float32. A row has all first
+// parts, then all second ones, then all third ones; a panel these of every 32 rows. What is infinite, or rounds to it
+// (above 3.39e38), becomes no number; parts below 2^-126 count as 0.
 struct SplitTiles : TileRegisters {
     using T = bf16;
     using Out = float;
