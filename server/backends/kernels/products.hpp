@@ -206,7 +206,7 @@ struct Tiles : TileRegisters {
 struct SplitTiles : TileRegisters {
     using T = bf16;
     using Out = float;
-    static constexpr int64_t WIDTH = 32, PARTS = 3, DEPTH = 512;
+    static constexpr int64_t WIDTH = 32, PARTS = 3, DEPTH = 512, PART = 32 * WIDTH;
 
     static __m512 power(__m512 x) { return Vectors::power(x); }
     static __m512 reciprocal(__m512 x) { return Vectors::reciprocal(x); }
@@ -228,17 +228,17 @@ struct SplitTiles : TileRegisters {
             rows(row + 2 * next, stride_a);
             columns(column);
             soon.fetch(soon.lines);
-            multiply_tiles();
+            multiply_tiles();  // third parts of rows, first ones of columns
             rows(row, stride_a);
-            multiply_tiles();
-            columns(column + 2 * 1024);
-            multiply_tiles();
-            columns(column + 1024);
-            multiply_tiles();
+            multiply_tiles();  // first, first
+            columns(column + 2 * PART);
+            multiply_tiles();  // first, third
+            columns(column + PART);
+            multiply_tiles();  // first, second
             rows(row + next, stride_a);
-            multiply_tiles();
+            multiply_tiles();  // second, second
             columns(column);
-            multiply_tiles();
+            multiply_tiles();  // second, first
         }
         keep(c, stride_c);
     }
