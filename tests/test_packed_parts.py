@@ -1,4 +1,4 @@
-"""A row computed in parts, each in a thread of its own, gives what the whole row gives."""
+"""A row computed in parts, each in a thread of its own, gives what the whole row gives; and which cores are idle."""
 
 import threading
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvpo import models, packed_values
-from dvpo.packed_parts import Row, cut, run_together
+from dvpo import models, packed_parts, packed_values
+from dvpo.packed_parts import Cores, Row, cut, run_together
 from dvpo.packed_row import Handover, Packing, Prefix, Segment
 from dvpo.packed_values import Group, can_pack
 from dvpo.packed_values import packed_values as values_of
@@ -151,3 +151,28 @@ def test_layers_are_handed_over_from_the_first_that_is_computed_in_parts() -> No
     handover.put(7 * key, key)
     handover.put(8 * key, key)
     assert [handover.get(layer, slice(0, 1))[0].item() for layer in (7, 8)] == [7, 8]
+
+
+def test_a_core_joins_in_when_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(packed_parts.time, "monotonic", lambda: now[0])
+    cores = Cores(3)
+    now[0] += 1
+    with cores.busy(1):
+        assert cores.claim(3) == 0  # what it has to do may be on its way
+        now[0] += 0.1
+        assert cores.claim(1) == 1
+        assert cores.claim(3) == 1
+        assert cores.claim(3) == 0
+        with cores.busy(1):  # a batch came after all: for a while there is more to do than there are cores
+            now[0] += 0.1
+            assert cores.claim(3) == 0
+            assert cores.missing == 1
+        assert cores.missing == 0
+        cores.release(2)
+        assert cores.claim(3) == 0
+        now[0] += 0.1
+        assert cores.claim(3) == 2
+        cores.release(2)
+    now[0] += 0.1
+    assert cores.claim(4) == 3

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from dvpo import packed_parts
 from dvpo.packed_parts import Cores
 from dvpo.packed_values import Group, can_pack, packed_values
 from server.backends import cpu_decoder, cpu_decoder_layers, cpu_layers
@@ -353,31 +352,6 @@ def test_cores_that_join_in_bring_their_threads_and_are_released(
         torch.set_num_threads(before)
     assert seen == [2, 8, 8, 8][: 3 if fails else 4]
     assert cores.joined == [3] and released == [3]
-
-
-def test_a_core_joins_in_when_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(packed_parts.time, "monotonic", lambda: now[0])
-    cores = Cores(3)
-    now[0] += 1
-    with cores.busy(1):
-        assert cores.claim(3) == 0  # what it has to do may be on its way
-        now[0] += 0.1
-        assert cores.claim(1) == 1
-        assert cores.claim(3) == 1
-        assert cores.claim(3) == 0
-        with cores.busy(1):  # a batch came after all: for a while there is more to do than there are cores
-            now[0] += 0.1
-            assert cores.claim(3) == 0
-            assert cores.missing == 1
-        assert cores.missing == 0
-        cores.release(2)
-        assert cores.claim(3) == 0
-        now[0] += 0.1
-        assert cores.claim(3) == 2
-        cores.release(2)
-    now[0] += 0.1
-    assert cores.claim(4) == 3
 
 
 def test_a_part_that_fails_frees_the_cores_that_joined_in(classifier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
